@@ -92,35 +92,35 @@ class Config:
     unfreeze_at: float = setting(0.0, "fraction of training before unfrozen prototypes move", low=0, high=1, fixed=True)
     prototype_lr: float = setting(1.0, "learning rate of the class table, as a factor of --lr", low=0, fixed=True)
     # stage 2, network and process
-    channels: int = setting(32, "channels of the U-Net's first level, a multiple of 4", low=4, fixed=True)
-    multipliers: str = setting("", "channel factor of each level, like 1,2,2,2; empty: by image size", fixed=True)
+    channels: int = setting(48, "channels of the U-Net's first level, a multiple of 4", low=4, fixed=True)
+    multipliers: str = setting("1,1", "channel factor of each level, like 1,2,2,2; empty: by image size", fixed=True)
     blocks: int = setting(1, "residual blocks a level", low=1, fixed=True)
     attention: int = setting(8, "self-attention at levels of at most this side, pixels", low=0, fixed=True)
     dropout: float = setting(0.0, "dropout in residual blocks, probability", low=0, high=0.9, fixed=True)
     timesteps: int = setting(1000, "T, noise levels", low=21, fixed=True)
     null_prob: float = setting(0.1, "probability of training without the class", low=0, high=1)
     # training
-    steps: int = setting(2500, "optimiser steps", low=1)
-    batch_size: int = setting(64, "images a step, over all processes and passes", low=1)
+    steps: int = setting(4000, "optimiser steps", low=1)
+    batch_size: int = setting(32, "images a step, over all processes and passes", low=1)
     accumulate: int = setting(1, "passes that share a step's images: less memory, same result", low=1)
     lr: float = setting(2e-3, "peak learning rate of AdamW", low=0)
     warmup: float = setting(0.05, "fraction of steps in which the rate rises, before half a cosine", low=0, high=1)
     weight_decay: float = setting(1e-4, "weight decay of AdamW", low=0)
     seed: int = setting(0, "what everything random follows from", low=0)
     save_every: int = setting(500, "steps between checkpoints", low=1)
-    log_every: int = setting(50, "steps between rows of log.csv", low=1)
+    log_every: int = setting(100, "steps between rows of log.csv", low=1)
     device: str = setting("auto", "auto, cuda, cuda:1, mps or cpu")
     amp: str = setting("auto", "mixed precision of the networks", choices=("auto", "bf16", "fp16", "off"))
     compile: bool = setting(False, "torch.compile the network, for training and for sampling")
     # sampling and metrics
     num_samples: int = setting(1000, "images to sample, and to measure on", low=1)
     labels: str = setting("", "--sample: classes, like 0,3 or circle,star; empty: all in turn")
-    guidance: float = setting(0.5, "w; 0 is the conditional model, more trades variety for fidelity", low=-1)
+    guidance: float = setting(1.5, "w; 0 is the conditional model, more trades variety for fidelity", low=-1)
     sampler: str = setting("dpmpp", "the way from noise to image", choices=("ddim", "ddpm", "dpmpp"))
     sample_steps: int = setting(20, "steps from noise to image", low=1)
     sample_batch: int = setting(250, "images sampled at a time", low=1)
     inception: str = setting("auto", "weights for FID, IS, KID: a file, download, off; auto downloads on a GPU")
-    eval_every: int = setting(250, "--compare: steps between measurements", low=1)
+    eval_every: int = setting(500, "--compare: steps between measurements", low=1)
     # what to do
     compare: bool = setting(False, "train random, frozen and unfrozen: same seed, data order and budget", fixed=True)
     out: str = setting("", "the run's folder; empty: runs/NAME")
@@ -130,8 +130,8 @@ class Config:
 
     # The paper's D, batch, peak rate and warm-up; DDPM's U-Net; guidance low, where Frechet distances are best.
     PHOTOGRAPHS: ClassVar[dict] = dict(
-        image_size=32, mirror=True, prototype_dim=128, learner_steps=8000, learner_width=64, channels=128, blocks=2,
-        attention=16, dropout=0.1, steps=100_000, batch_size=256, lr=5e-4, save_every=2000, log_every=100,
+        image_size=32, mirror=True, prototype_dim=128, learner_steps=8000, learner_width=64, channels=128, multipliers="",
+        blocks=2, attention=16, dropout=0.1, steps=100_000, batch_size=256, lr=5e-4, save_every=2000, log_every=100,
         num_samples=10_000, guidance=0.3, eval_every=5000)
     PRESETS: ClassVar[dict] = {
         "shapes": {},
@@ -916,6 +916,20 @@ def update_average(average, model, n):
             a.copy_(m)
 
 
+def safe_step(optimizer, scaler):
+    """Clip the gradient at norm 1 and update, but not with a gradient that is not finite. Returns 1.0 if so, else 0.0.
+
+    The answer stays on the device, which nobody waits for: where found_inf is 1, fused AdamW leaves all as it is.
+    """
+    scaler.unscale_(optimizer)
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    optimizer.found_inf = bad = (~nn.utils.clip_grad_norm_(params, 1.0).isfinite()).float()
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad()
+    return bad
+
+
 @contextlib.contextmanager
 def interruptible():
     """Yields a list that Ctrl-C or SIGTERM makes non-empty, so that a step can end first; Ctrl-C twice stops at once."""
@@ -1008,8 +1022,7 @@ def train(cfg, model, images, targets, loss_fn, folder, extra, device, on_eval=N
     images, targets = place_images(images, device), targets.to(device)
     model.to(device, memory_format=memory_format(device)).train()
     average = copy.deepcopy(model).eval().requires_grad_(False)
-    optimizer = torch.optim.AdamW(model.param_groups(cfg), weight_decay=cfg.weight_decay, fused=True)
-    params = [p for group in optimizer.param_groups for p in group["params"]]
+    optimizer = torch.optim.AdamW(model.param_groups(cfg), betas=(0.9, 0.95), weight_decay=cfg.weight_decay, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
     parts, checkpoint = dict(model=model, average=average, optimizer=optimizer, scaler=scaler), folder / "checkpoint.pt"
     done, seconds = 0, 0.0
@@ -1029,7 +1042,7 @@ def train(cfg, model, images, targets, loss_fn, folder, extra, device, on_eval=N
         read_rows(folder / "log.csv", done)                   # drop what a killed run logged after its last checkpoint
     net = nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
     forward = torch.compile(net) if cfg.compile else net
-    sums, skipped, in_a_row, logged, clock = {}, torch.zeros(1, device=device), 0, done, time.perf_counter()
+    sums, skipped, in_a_row, logged, clock = {}, torch.zeros((), device=device), 0, done, time.perf_counter()
 
     with interruptible() as asked:
         for step in range(done, cfg.steps):
@@ -1042,21 +1055,15 @@ def train(cfg, model, images, targets, loss_fn, folder, extra, device, on_eval=N
                 scaler.scale(losses["loss"] / cfg.accumulate).backward()
                 for name, value in losses.items():
                     sums[name] = sums.get(name, 0) + value.detach() / cfg.accumulate
-            scaler.unscale_(optimizer)
-            bad = (~nn.utils.clip_grad_norm_(params, 1.0).isfinite()).float()
-            optimizer.found_inf = bad                         # where it is 1, fused AdamW leaves weights and moments alone
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad()
+            bad = safe_step(optimizer, scaler)
             update_average(average, model, step)
             skipped, in_a_row, now = skipped + bad, (in_a_row + 1) * bad, step + 1
 
             stopping = bool(asked) and WORLD == 1
             if now % cfg.log_every == 0 or now == cfg.steps:
-                means = torch.stack([*(s / (now - logged) for s in sums.values()), torch.tensor(len(asked), device=device)])
+                means = torch.stack([s / (now - logged) / WORLD for s in sums.values()] + [skipped.new_tensor(len(asked))])
                 if WORLD > 1:
-                    dist.all_reduce(means, dist.ReduceOp.AVG if device.type == "cuda" else dist.ReduceOp.SUM)
-                    means = means if device.type == "cuda" else means / WORLD
+                    dist.all_reduce(means)
                 *values, stop = means.tolist()                # here alone the host waits for the device
                 elapsed, clock = time.perf_counter() - clock, time.perf_counter()
                 speed, seconds, logged = (now - logged) * cfg.batch_size / elapsed, seconds + elapsed, now
@@ -1438,8 +1445,8 @@ def measure(cfg, model, extra, seconds, sets, folder, device):
     """Samples, metrics and pictures of a trained model in `folder`."""
     judges = {"judge": train_judge(cfg, *sets[1:], device)}
     if "learner" in extra:
-        C, K, D = cfg.prototypes_per_class, len(extra["classes"]), cfg.prototype_dim
-        learner = PrototypeLearner(extra["shape"][0], extra["shape"][-1], K, D, C, cfg.learner_width).to(device).eval()
+        learner = PrototypeLearner(extra["shape"][0], extra["shape"][-1], len(extra["classes"]), cfg.prototype_dim,
+                                   cfg.prototypes_per_class, cfg.learner_width).to(device).eval()
         learner.load_state_dict(extra["learner"])
         judges["learner"] = make_judge(learner.requires_grad_(False), *sets[1:], device)
     start, labels = time.perf_counter(), evaluation_labels(sets[0].labels, cfg.num_samples)
