@@ -1479,9 +1479,9 @@ def first_as_good(history, key, value):
     return next((h["step"] for h in history if (h[key] >= value if key == "accuracy" else h[key] <= value)), None)
 
 
-def compare(cfg, folder, device):
+def compare(cfg, sets, folder, device):
     """random, frozen, unfrozen: one seed, data order, network start and budget -> comparison.json, .png and a table."""
-    sets, result, learned = load_sets(cfg), {}, None
+    result, learned = {}, None
     judge, labels = train_judge(cfg, *sets[1:], device), evaluation_labels(sets[0].labels, cfg.num_samples)
 
     def quality(cfg, model, extra):
@@ -1538,6 +1538,7 @@ def run(cfg):
         return progress(f"{cfg.num_samples} samples in {folder}", end=True)
     if WORLD > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    sets = load_sets(cfg)                                     # what is wrong with the data shows before a folder is made
     if RANK == 0:
         cfg.out = cfg.resume or str(new_folder(cfg.out or f"runs/{SCRIPT}-{cfg.dataset}" + "-compare" * cfg.compare))
         write_config(Path(cfg.out), cfg)
@@ -1548,9 +1549,8 @@ def run(cfg):
     progress(f"{cfg.out}: {cfg.dataset}, {machine(device)}", end=True)
     folder = Path(cfg.out)
     if cfg.compare:
-        compare(cfg, folder, device)
+        compare(cfg, sets, folder, device)
     else:
-        sets = load_sets(cfg)
         trained = train_run(cfg, folder, sets, device)
         if RANK == 0:
             measure(cfg, *trained, sets, folder, device)

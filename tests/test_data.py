@@ -335,7 +335,7 @@ def test_tiny_imagenet_has_words_for_classes_and_its_validation_images_for_test(
         assert all(near(x, COLOURS[c]) for x, c in zip(data.images, data.labels))
 
 
-def test_a_colour_set_that_lacks_a_file_is_a_stop(tmp_path):
+def test_a_published_set_that_lacks_an_image_names_it(tmp_path):
     write_tiny_imagenet(tmp_path)
     (tmp_path / "tiny-imagenet-200" / "val" / "images" / "val_1.JPEG").unlink()
     with pytest.raises(pd.Stop, match="val_1.JPEG"):
@@ -379,9 +379,10 @@ def test_a_flat_folder_can_be_joined_without_labels(tmp_path):
 
 
 def test_images_in_subfolders_belong_to_the_class_at_the_top(tmp_path):
-    make_folder(tmp_path, ["train/cat/indoors/old", "train/cat", "train/dog"], each=2)
+    make_folder(tmp_path, ["train/cat/indoors/old", "train/cat", "train/dog", "test/dog/new"], each=2)
     train = pd.load_dataset("folder", "train", 8, tmp_path)
     assert train.classes == ["cat", "dog"] and sorted(train.labels.tolist()) == [0, 0, 0, 0, 1, 1]
+    assert pd.load_dataset("folder", "test", 8, tmp_path).labels.tolist() == [1, 1]
 
 
 def test_hidden_files_and_other_files_are_no_images(tmp_path):
@@ -399,13 +400,13 @@ def test_a_folder_below_a_hidden_one_is_read(tmp_path):
 
 
 def test_grey_images_have_one_channel(tmp_path):
-    for j in range(4):
+    for j in range(3):
         save_image(tmp_path / "train" / "x" / f"{j}.png", 40 * j, mode="L")
+    save_image(tmp_path / "test" / "x" / "0.png", 7, mode="L")
     data = pd.load_dataset("folder", "train", 8, tmp_path)
     assert data.images.shape[1:] == (1, 8, 8) and data.images.is_contiguous()
-    assert sorted(data.images[:, 0, 0, 0].tolist()) == [0, 40, 80] or len(data.images) == 3
+    assert data.images[:, 0, 0, 0].tolist() == [0, 40, 80]
     save_image(tmp_path / "train" / "x" / "colour.png", (0, 0, 9))
-    save_image(tmp_path / "train" / "x" / "other.png", (0, 0, 9))
     assert pd.load_dataset("folder", "train", 8, tmp_path).images.shape[1] == 3
 
 
@@ -478,6 +479,15 @@ def test_a_changed_folder_is_read_again(tmp_path, change):
     assert len(data.images) == {"added": 7, "removed": 5, "rewritten": 6}[change] == len(data.labels)
     if change != "removed":
         assert near(data.images[-1], (1, 2, 3), 0)
+
+
+@pytest.mark.xfail(strict=True, reason="the cache key holds the files of the split, not the classes")
+def test_a_new_class_renumbers_the_cached_test_split(tmp_path):
+    make_folder(tmp_path, ["train/cat", "train/dog", "test/cat", "test/dog"], each=1)
+    assert pd.load_dataset("folder", "test", 8, tmp_path).labels.tolist() == [0, 1]
+    make_folder(tmp_path, ["train/ant"], each=1)
+    test = pd.load_dataset("folder", "test", 8, tmp_path)
+    assert test.classes == ["ant", "cat", "dog"] and test.labels.tolist() == [1, 2]
 
 
 def test_a_truncated_cache_is_built_again(tmp_path, no_decoding):
