@@ -100,7 +100,7 @@ class Config:
     timesteps: int = setting(1000, "T, noise levels", low=21, fixed=True)
     null_prob: float = setting(0.1, "probability of training without the class", low=0, high=1)
     # training
-    steps: int = setting(4000, "optimiser steps", low=1)
+    steps: int = setting(4500, "optimiser steps", low=1)
     batch_size: int = setting(32, "images a step, over all processes and passes", low=1)
     accumulate: int = setting(1, "passes that share a step's images: less memory, same result", low=1)
     lr: float = setting(2e-3, "peak learning rate of AdamW", low=0)

@@ -506,7 +506,7 @@ def test_learner_learns_two_easy_classes():
     noise = torch.randint(60, (256, 3, 8, 8), generator=gen)
     images = (noise + 100 + 60 * F.one_hot(labels * 2, 3)[:, :, None, None]).to(torch.uint8)          # red or blue
     data = pd.Dataset(images, labels, ["red", "blue"])
-    cfg = pd.Config(prototype_dim=4, prototypes_per_class=2, learner_steps=20, learner_width=8, imagenet=False,
+    cfg = pd.Config(prototype_dim=4, prototypes_per_class=2, learner_steps=40, learner_width=8, imagenet=False,
                     mirror=True, amp="off", log_every=1000)
     learner = pd.learn_prototypes(data, cfg, CPU, seed=0)
     assert not learner.training and not any(p.requires_grad for p in learner.parameters())
@@ -590,8 +590,8 @@ def test_frozen_tables_stay_and_others_train(prototypes):
 @pytest.mark.parametrize("prototypes, moves_at", [("unfrozen", [3, 4]), ("frozen", [])])
 def test_unfrozen_prototypes_move_from_the_asked_step_on(tmp_path, prototypes, moves_at):
     cfg = pd.Config(**TINY, prototypes=prototypes, prototype_lr=1.0, unfreeze_at=0.5, steps=4, batch_size=8,
-                    accumulate=1, warmup=0.0, lr=0.01, weight_decay=0.1, timesteps=50, null_prob=0.0, eval_every=1, log_every=100,
-                    save_every=100, mirror=False, amp="off", compile=False, seed=0)
+                    accumulate=1, warmup=0.0, lr=0.01, weight_decay=0.1, timesteps=50, null_prob=0.0, eval_every=1,
+                    log_every=100, save_every=100, mirror=False, amp="off", compile=False, seed=0)
     table, tables = torch.randn(2, 6, generator=seeded()), []
     model = cfg.build({"shape": [3, 8, 8], "table": table})
     awake(model.unet)

@@ -21,8 +21,8 @@ import protodiffusion as pd
 ROOT = Path(pd.__file__).resolve().parent
 SETTINGS = dict(
     dataset="shapes", image_size=8, channels=8, multipliers="1,2", blocks=1, attention=4, dropout=0.1, timesteps=1000,
-    prototypes="unfrozen", prototypes_per_class=1, prototype_dim=8, learner_steps=4, learner_width=4, steps=6, batch_size=8,
-    accumulate=1, lr=2e-3, log_every=2, save_every=2, eval_every=3, num_samples=10, sample_steps=2, sampler="dpmpp",
+    prototypes="unfrozen", prototypes_per_class=1, prototype_dim=8, learner_steps=4, learner_width=4, steps=6,
+    batch_size=8, accumulate=1, lr=2e-3, log_every=2, save_every=2, eval_every=3, num_samples=10, sample_steps=2, sampler="dpmpp",
     guidance=0.5, seed=0, amp="off", device="cpu", inception="off")
 MADE = ("config.json", "log.csv", "checkpoint.pt", "metrics.json", "samples.png", "samples.npz", "denoising.png",
         "prototypes.png", "curves.png")
@@ -98,12 +98,13 @@ def same(a, b):
     return a == b
 
 
-def assert_same_training(one, other):
+def assert_same_training(one, other, losses=True):
     a, b = checkpoint(one), checkpoint(other)
     assert a["step"] == b["step"]
     for part in ("model", "average", "optimizer", "scaler"):
         assert same(a[part], b[part]), part
-    assert [(r["step"], r["loss"]) for r in log(one)] == [(r["step"], r["loss"]) for r in log(other)]
+    keys = ("step", "learning rate", "skipped steps", *["loss"] * losses)
+    assert [[r[k] for k in keys] for r in log(one)] == [[r[k] for k in keys] for r in log(other)]
 
 
 def refused(capsys, arguments, *words):
@@ -287,7 +288,8 @@ def test_a_comparison_trains_three_variants_alike_and_can_go_on(tmp_path, capsys
     assert set(result["variants"]) == {"random", "frozen", "unfrozen"}
     for name, variant in result["variants"].items():
         assert [h["step"] for h in variant["history"]] == [3, 6] and len(variant["guidance"]) == len(pd.SWEEP)
-        assert {"config.json", "checkpoint.pt", "log.csv", "quality.csv"} <= set(contents(out / name)) and name in table
+        assert {"config.json", "checkpoint.pt", "log.csv", "quality.csv"} <= set(contents(out / name))
+        assert name in table
         assert json.loads((out / name / "config.json").read_text())["prototypes"] == name
     seconds = {name: v["stage_1_seconds"] for name, v in result["variants"].items()}
     assert seconds["random"] == 0 < seconds["frozen"] == seconds["unfrozen"]
@@ -388,7 +390,8 @@ def wait_for(process, condition, seconds=120):
     return process.poll() is None
 
 
-LONG = dict(dataset="folder", steps=300, prototypes="random", multipliers="1", blocks=1, attention=0, log_every=10, save_every=10)
+LONG = dict(dataset="folder", steps=150, prototypes="random", multipliers="1", blocks=1, attention=0, log_every=10,
+            save_every=10)
 
 
 @pytest.fixture(scope="module")
@@ -402,22 +405,24 @@ def uninterrupted(tmp_path_factory, pictures):
 
 @posix
 @pytest.mark.parametrize("name", ["SIGKILL", "SIGINT"])
-def test_a_process_that_is_killed_or_interrupted_goes_on_bit_for_bit(tmp_path, pictures, uninterrupted, training_only, name):
+def test_a_process_that_is_killed_or_interrupted_goes_on_bit_for_bit(
+        tmp_path, pictures, uninterrupted, training_only, name):
     out = tmp_path / "run"
     process = start(args(out=out, data_dir=pictures, **LONG), tmp_path)
-    running = wait_for(process, lambda: (out / "log.csv").exists() and len((out / "log.csv").read_text().splitlines()) > 2)
+    rows = out / "log.csv"
+    running = wait_for(process, lambda: rows.exists() and len(rows.read_text().splitlines()) > 2)
     process.send_signal(getattr(signal, name))
     output, errors = process.communicate(timeout=120)
     assert running, output + errors
     stopped = checkpoint(out)["step"]
-    assert 0 < stopped < 300
+    assert 0 < stopped < 150
     if name == "SIGKILL":
         assert process.returncode == -signal.SIGKILL and stopped % 10 == 0
     else:
         assert process.returncode == 130 and "Traceback" not in errors
         assert f"--resume {out}" in errors and not list(out.glob("*.tmp"))
     assert pd.main(flags(resume=out)) == 0
-    assert_same_training(out, uninterrupted)
+    assert_same_training(out, uninterrupted, losses=stopped % 10 == 0)          # else a row averages fewer steps
 
 
 def test_two_processes_log_the_losses_of_one(tmp_path, pictures, training_only):
@@ -471,7 +476,8 @@ def test_a_folder_without_classes_is_refused_with_advice(tmp_path, capsys):
 
 
 def test_a_folder_of_images_that_is_not_there_is_named(tmp_path, capsys):
-    refused(capsys, args(out=tmp_path / "run", dataset="folder", data_dir=tmp_path / "nowhere"), "nowhere", "--data-dir")
+    arguments = args(out=tmp_path / "run", dataset="folder", data_dir=tmp_path / "nowhere")
+    refused(capsys, arguments, "nowhere", "--data-dir")
 
 
 @pytest.mark.parametrize("label", ["10", "-1", "hexagon", "1.5"])
@@ -557,8 +563,9 @@ def test_sampling_before_the_first_checkpoint_says_so(done, tmp_path, capsys):
     refused(capsys, flags(sample=folder), "checkpoint.pt", "--resume")
 
 
-@pytest.mark.parametrize("name, value", [("channels", 16), ("dataset", "cifar10"), ("image_size", 16), ("prototypes", "frozen"),
-                                         ("prototype_dim", 4), ("blocks", 2), ("timesteps", 500)])
+@pytest.mark.parametrize("name, value", [
+    ("channels", 16), ("dataset", "cifar10"), ("image_size", 16), ("prototypes", "frozen"), ("prototype_dim", 4),
+    ("blocks", 2), ("timesteps", 500)])
 def test_a_setting_that_belongs_to_the_run_cannot_change_on_resuming(done, capsys, name, value):
     before = contents(done)
     refused(capsys, flags(resume=done, **{name: value}), f"--{name.replace('_', '-')}", value, SETTINGS[name])
@@ -573,9 +580,12 @@ def test_a_setting_that_does_not_belong_to_the_run_can_change(done, tmp_path, tr
     assert saved["steps"] == 8 and saved["lr"] == 1e-3
 
 
-@pytest.mark.xfail(strict=True, reason="config.json is written before the new settings are known to work")
-@pytest.mark.parametrize("changes", [dict(accumulate=3), dict(dataset="folder", data_dir="nowhere")])
-def test_a_resume_that_is_refused_leaves_config_json_as_it_was(done, tmp_path, capsys, pictures, training_only, changes):
+@pytest.mark.parametrize("changes", [
+    pytest.param(dict(accumulate=3), marks=pytest.mark.xfail(
+        strict=True, reason="config.json is written before the split of the batch is checked")),
+    dict(dataset="folder", data_dir="nowhere")])
+def test_a_resume_that_is_refused_leaves_config_json_as_it_was(
+        done, tmp_path, capsys, pictures, training_only, changes):
     folder = copied(done, tmp_path)
     if "dataset" in changes:
         folder = tmp_path / "pictures"
@@ -600,7 +610,7 @@ def test_a_config_with_a_word_for_a_number_is_refused(done, tmp_path, capsys):
 
 @pytest.mark.xfail(strict=True, reason="sample_steps is not checked against timesteps")
 def test_more_sampling_steps_than_noise_levels_are_refused_by_name(done, tmp_path, capsys):
-    refused(capsys, flags(sample=done, out=tmp_path / "s", sample_steps=1500), "--sample-steps")
+    refused(capsys, flags(sample=done, out=tmp_path / "s", sample_steps=1500, num_samples=1), "--sample-steps")
 
 
 @pytest.mark.xfail(strict=True, reason="the resume command names the folder of the samples")
@@ -612,7 +622,7 @@ def test_interrupted_sampling_gives_no_command_that_cannot_work(done, tmp_path, 
     assert f"--resume {tmp_path / 's'}" not in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), MemoryError(),
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), MemoryError(),
                                    RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")])
 def test_memory_that_runs_out_is_one_sentence_with_what_to_lower(done, tmp_path, capsys, monkeypatch, error):
     def fail(*a):
@@ -650,8 +660,8 @@ class Planted:
 
     def __init__(self, monkeypatch, folder, bad, **changes):
         folder.mkdir()
-        self.folder, self.cfg, self.states, self.step = folder, pd.Config(**{**SETTINGS, "save_every": 1, "log_every": 1,
-                                                                             "prototypes": "random", **changes}), [], -1
+        settings = {**SETTINGS, "save_every": 1, "log_every": 1, "prototypes": "random", **changes}
+        self.folder, self.cfg, self.states, self.step = folder, pd.Config(**settings), [], -1
         whole = pd.random_batches
 
         def batches(cfg, images, targets, step, device):
@@ -674,7 +684,8 @@ class Planted:
         device = torch.device("cpu")
         extra = pd.stage_one(self.cfg, [data] * 3, device, folder)
         torch.manual_seed(0)
-        self.run = lambda: pd.train(self.cfg, self.cfg.build(extra), data.images, extra["rows"], loss, folder, extra, device)
+        self.run = lambda: pd.train(self.cfg, self.cfg.build(extra), data.images, extra["rows"], loss, folder,
+                                    extra, device)
 
 
 @pytest.mark.parametrize("amp", ["off", "fp16"])
@@ -717,7 +728,8 @@ def test_importing_changes_nothing_for_the_importer(tmp_path):
             "def state():\n"
             "    return (random.getstate(), str(numpy.random.get_state()), torch.get_rng_state().tolist(),\n"
             "            torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_float32_matmul_precision(),\n"
-            "            torch.backends.cudnn.benchmark, torch.backends.cuda.flash_sdp_enabled(), torch.get_num_threads(),\n"
+            "            torch.backends.cudnn.benchmark, torch.backends.cuda.flash_sdp_enabled(),\n"
+            "            torch.get_num_threads(),\n"
             "            signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM), sorted(os.environ),\n"
             "            dict.__getitem__(matplotlib.rcParams, 'backend'))\n"
             "before = state()\n"
