@@ -35,6 +35,7 @@ import json
 import math
 import os
 import platform
+import shlex
 import signal
 import sys
 import threading
@@ -176,6 +177,10 @@ def parse_config(argv=None):
         low, high = f.metadata.get("low", -math.inf), f.metadata.get("high", math.inf)
         if f.type in (int, float) and not low <= getattr(cfg, name) <= high:
             raise Stop(f"--{name.replace('_', '-')} {getattr(cfg, name)} must be between {low} and {high}")
+    if cfg.batch_size % (WORLD * cfg.accumulate):
+        raise Stop(f"--batch-size {cfg.batch_size} does not split into {WORLD} processes x {cfg.accumulate} passes (--accumulate)")
+    if cfg.sample_steps > cfg.timesteps:
+        raise Stop(f"--sample-steps {cfg.sample_steps} cannot be more than the {cfg.timesteps} noise levels, --timesteps")
     level_multipliers(cfg)
     return cfg
 
@@ -184,8 +189,9 @@ def read_config(folder):
     """The settings in a run's config.json as a dict; Stop if there is none."""
     try:
         saved = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
-        return {k: v for k, v in saved.items() if k in Config.__dataclass_fields__}
-    except (OSError, ValueError, AttributeError) as error:
+        fields = {f.name: f.type for f in dataclasses.fields(Config)}
+        return {k: fields[k](v) for k, v in saved.items() if k in fields}
+    except (OSError, ValueError, AttributeError, TypeError) as error:
         raise Stop(f"{folder} is not the folder of a run: its config.json cannot be read ({error})") from None
 
 
@@ -198,8 +204,8 @@ def level_multipliers(cfg):
             side, levels = side // 2, levels + 1
         factors = (1,) * max(1, levels - 3) + (2,) * min(3, levels - 1)
     if min(factors) < 1 or cfg.image_size % 2 ** (len(factors) - 1) or cfg.channels % 4:
-        raise Stop(f"--multipliers must be whole numbers like 1,2,2,2, --channels a multiple of 4, and --image-size one "
-                   f"of {2 ** (len(factors) - 1)}, because the U-Net halves the image once for every further level")
+        raise Stop(f"--image-size must be a multiple of {2 ** (len(factors) - 1)}, because a U-Net of {len(factors)} levels halves "
+                   "it at every level but the last; --channels a multiple of 4; --multipliers whole numbers like 1,2,2,2")
     return factors
 
 
@@ -374,7 +380,7 @@ def load_dataset(name, split="train", image_size=None, data_dir="data"):
         if not root.is_dir():
             raise Stop(f"there is no folder {root}: --data-dir must name a folder of images")
         items, labels, classes = read_folder(root, split)
-        key = [f"{p.relative_to(root)} {p.stat().st_size} {p.stat().st_mtime_ns}" for p in items]       # changed: read again
+        key = [*classes, *(f"{p.relative_to(root)} {p.stat().st_size} {p.stat().st_mtime_ns}" for p in items)]
     cache = root / f"prototype-{name}-{split}-{size}.pt"
     try:
         saved = torch.load(cache, weights_only=True)
@@ -1016,8 +1022,6 @@ def train(cfg, model, images, targets, loss_fn, folder, extra, device, on_eval=N
     batch: see random_batches. extra: kept in the checkpoint. on_eval(step, seconds, average) is called every
     cfg.eval_every steps, off the clock. Returns the moving average of the model and the seconds of training.
     """
-    if cfg.batch_size % (WORLD * cfg.accumulate):
-        raise Stop(f"--batch-size {cfg.batch_size} does not split into {WORLD} processes x {cfg.accumulate} passes")
     abar, dtype = alpha_bars(cfg.timesteps).to(device), amp_dtype(device, cfg.amp)
     images, targets = place_images(images, device), targets.to(device)
     model.to(device, memory_format=memory_format(device)).train()
@@ -1035,7 +1039,8 @@ def train(cfg, model, images, targets, loss_fn, folder, extra, device, on_eval=N
         state = load_checkpoint(checkpoint)
         done, seconds = state["step"], state["seconds"]
         for name, part in parts.items():
-            load_weights(part, state.pop(name), checkpoint)
+            if name != "scaler" or state[name] and scaler.is_enabled():             # --amp may have changed
+                load_weights(part, state.pop(name), checkpoint)
     else:
         save(0)
     if RANK == 0:
@@ -1567,7 +1572,8 @@ def main(argv=None):
         run(cfg)
         return 0
     except KeyboardInterrupt:
-        print(f"\ninterrupted; go on with: python {SCRIPT}.py --resume {cfg.out}" if cfg.out else "\ninterrupted", file=sys.stderr)
+        training = cfg.out and not (cfg.sample or cfg.evaluate)
+        print("\ninterrupted" + f"; go on with: python {SCRIPT}.py --resume {shlex.quote(cfg.out)}" * bool(training), file=sys.stderr)
         return 130
     except Stop as error:
         print(f"\n{SCRIPT}: {error}", file=sys.stderr)
