@@ -20,9 +20,10 @@ knows from its first step which classes are alike. The table then stays `frozen`
     python protodiffusion.py --compare                # random, frozen, unfrozen: one table, one figure
 
 Where the paper is silent, or where we differ (our choices): the classifier's pooled features replace ImageNet's
-1000-way head, with a 3x3 stem for small images; prototypes are rescaled to the RMS of the random table, because
-the norm of an embedding alone changes quality (`--scale raw` keeps the learner's); weight of the prototype loss
-0.01; samples come from a moving average of the weights; several prototypes a class are drawn by frequency.
+1000-way head, with a 3x3 stem for small images, and Linear-ReLU-Linear leads from there to D numbers; prototypes are
+rescaled to the RMS of the random table, because the norm of an embedding alone changes quality (`--scale raw` keeps
+the learner's); the prototype loss has the weight 0.01; several prototypes a class are drawn by their frequency;
+samples come from a moving average of the weights; AdamW's second beta is 0.95, which short runs learned faster with.
 """
 import argparse
 import contextlib
