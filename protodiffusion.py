@@ -23,23 +23,26 @@ Where the paper is silent, or where we differ (our choices): the classifier's po
 1000-way head, with a 3x3 stem for small images, and Linear-ReLU-Linear leads from there to D numbers; prototypes are
 rescaled to the RMS of the random table, because the norm of an embedding alone changes quality (`--scale raw` keeps
 the learner's); the prototype loss has the weight 0.01; several prototypes a class are drawn by their frequency;
-samples come from a moving average of the weights; AdamW's second beta is 0.95, which short runs learned faster with.
+samples come from a moving average of the weights; AdamW's second beta is 0.95; images are drawn with replacement;
+STL-10 trains on its 5,000 training images (the paper adds the 8,000 test images, which then cannot test stage 1). The
+presets take DDPM's U-Net, 100,000 steps, 20 steps of DPM-Solver++ and a low guidance, where Frechet distances are best;
+the paper takes 64 x (1, 2, 4, 4) channels, 1,500 epochs, 50 of DDIM and 1.8.
 """
 import argparse
 import contextlib
 import copy
 import csv
 import dataclasses
+import datetime
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
 import platform
-import shlex
 import signal
 import sys
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -69,7 +72,7 @@ class Stop(Exception):
 # --------------------------------------------------------------------------------------------------------------------
 
 def setting(default, help, **limits):
-    """A field of Config. limits: choices; low, high (inclusive); fixed (belongs to the run, a later call keeps it)."""
+    """A field of Config. limits: choices; low, high (inclusive); fixed (--resume and --sample cannot change it)."""
     return dataclasses.field(default=default, metadata={"help": help, **limits})
 
 
@@ -77,25 +80,27 @@ def setting(default, help, **limits):
 class Config:
     """Defaults are those of `shapes`; PRESETS holds what another data set changes; flags have the last word."""
     # data
-    dataset: str = setting("shapes", "shapes, cifar10, stl10, fashion-mnist, eurosat, celeba, tiny-imagenet, folder", fixed=True)
+    dataset: str = setting("shapes", "shapes, cifar10, stl10, fashion-mnist, eurosat, celeba, tiny-imagenet or folder",
+                           fixed=True)
     data_dir: str = setting("data", "where data sets lie or are downloaded to; for folder, the folder of images itself")
     image_size: int = setting(16, "side of the images, pixels", low=8, fixed=True)
-    train_split: str = setting("train", "images for the diffusion model", choices=("train", "train+test"), fixed=True)
     mirror: bool = setting(False, "show half of the training images flipped left to right")
     # stage 1, prototypes
-    prototypes: str = setting("unfrozen", "the class table: noise that trains (the paper's baseline), prototypes that stay, "
-                              "or prototypes that train", choices=("random", "frozen", "unfrozen"), fixed=True)
+    prototypes: str = setting("unfrozen", "the class table: noise that trains (the paper's baseline), prototypes that "
+                              "stay, or prototypes that train", choices=("random", "frozen", "unfrozen"), fixed=True)
     scale: str = setting("rms", "prototypes at the RMS of a random table, or raw", choices=("rms", "raw"), fixed=True)
-    prototype_dim: int = setting(64, "D, length of a prototype", low=1, fixed=True)
+    prototype_dim: int = setting(64, "D, length of a prototype", low=2, fixed=True)
     prototypes_per_class: int = setting(1, "K, prototypes a class", low=1, fixed=True)
     learner_steps: int = setting(400, "steps of stage 1, 128 images each", low=1, fixed=True)
     learner_width: int = setting(16, "channels of the learner's first stage; 64 is ResNet-18", low=1, fixed=True)
+    judge_steps: int = setting(400, "the same for the judge, a classifier trained apart that measures samples", low=1)
+    judge_width: int = setting(16, "and its width", low=1)
     imagenet: bool = setting(False, "start the learner (width 64) from ImageNet weights, as the paper does", fixed=True)
-    unfreeze_at: float = setting(0.0, "fraction of training before unfrozen prototypes move", low=0, high=1, fixed=True)
+    unfreeze_at: float = setting(0.0, "fraction of training before prototypes move", low=0, high=1, fixed=True)
     prototype_lr: float = setting(1.0, "learning rate of the class table, as a factor of --lr", low=0, fixed=True)
     # stage 2, network and process
     channels: int = setting(48, "channels of the U-Net's first level, a multiple of 4", low=4, fixed=True)
-    multipliers: str = setting("1,1", "channel factor of each level, like 1,2,2,2; empty: by image size", fixed=True)
+    multipliers: str = setting("1,1", "channel factor of each level; all but the last halve the image", fixed=True)
     blocks: int = setting(1, "residual blocks a level", low=1, fixed=True)
     attention: int = setting(8, "self-attention at levels of at most this side, pixels", low=0, fixed=True)
     dropout: float = setting(0.0, "dropout in residual blocks, probability", low=0, high=0.9, fixed=True)
@@ -108,7 +113,7 @@ class Config:
     lr: float = setting(2e-3, "peak learning rate of AdamW", low=0)
     warmup: float = setting(0.05, "fraction of steps in which the rate rises, before half a cosine", low=0, high=1)
     weight_decay: float = setting(1e-4, "weight decay of AdamW", low=0)
-    seed: int = setting(0, "what everything random follows from", low=0)
+    seed: int = setting(0, "what everything random follows from", low=0, high=2**31)
     save_every: int = setting(500, "steps between checkpoints", low=1)
     log_every: int = setting(100, "steps between rows of log.csv", low=1)
     device: str = setting("auto", "auto, cuda, cuda:1, mps or cpu")
@@ -132,18 +137,19 @@ class Config:
 
     # The paper's D, batch, peak rate and warm-up; DDPM's U-Net; guidance low, where Frechet distances are best.
     PHOTOGRAPHS: ClassVar[dict] = dict(
-        image_size=32, mirror=True, prototype_dim=128, learner_steps=8000, learner_width=64, channels=128, multipliers="",
-        blocks=2, attention=16, dropout=0.1, steps=100_000, batch_size=256, lr=5e-4, save_every=2000, log_every=100,
-        num_samples=10_000, guidance=0.3, eval_every=5000)
+        image_size=32, mirror=True, prototype_dim=128, learner_steps=8000, learner_width=64, judge_steps=8000,
+        judge_width=64, channels=128, multipliers="1,2,2,2", blocks=2, attention=16, dropout=0.1, steps=100_000,
+        batch_size=256, lr=5e-4, save_every=2000, num_samples=10_000, guidance=0.3, eval_every=5000)
+    LARGER: ClassVar[dict] = {**PHOTOGRAPHS, "image_size": 64, "multipliers": "1,1,2,2,2"}
     PRESETS: ClassVar[dict] = {
         "shapes": {},
         "cifar10": PHOTOGRAPHS,
         "folder": PHOTOGRAPHS,
-        "fashion-mnist": {**PHOTOGRAPHS, "mirror": False, "channels": 64, "learner_width": 32},
-        "stl10": {**PHOTOGRAPHS, "image_size": 64, "train_split": "train+test"},
-        "eurosat": {**PHOTOGRAPHS, "image_size": 64},
-        "celeba": {**PHOTOGRAPHS, "image_size": 64},
-        "tiny-imagenet": {**PHOTOGRAPHS, "image_size": 64}}
+        "fashion-mnist": {**PHOTOGRAPHS, "mirror": False},
+        "stl10": LARGER,
+        "eurosat": LARGER,
+        "celeba": LARGER,
+        "tiny-imagenet": LARGER}
 
     def build(self, extra):
         """The method's network, untrained. extra: what a run knows of its data and prototypes, see stage_one."""
@@ -157,19 +163,21 @@ def parse_config(argv=None):
     parser = argparse.ArgumentParser(prog=f"python {SCRIPT}.py", description=__doc__.split("\n")[0], allow_abbrev=False)
     settings = {f.name: f for f in dataclasses.fields(Config)}
     for name, f in settings.items():
+        choices = f.metadata.get("choices")
         kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else \
-            dict(type=f.type, choices=f.metadata.get("choices")) if "choices" in f.metadata else \
-            dict(type=f.type, metavar=f.type.__name__.upper())
+            dict(type=f.type, choices=choices, metavar=None if choices else f.type.__name__.upper())
         parser.add_argument(f"--{name.replace('_', '-')}", default=argparse.SUPPRESS,
                             help=f"{f.metadata['help']} [{f.default}]".replace("%", "%%"), **kind)
     given = vars(parser.parse_args(argv))
-    earlier, saved = next((given[k] for k in ("resume", "sample", "evaluate") if given.get(k)), None), {}
-    if earlier:
-        saved = read_config(earlier)
-        for name in given:
-            if settings[name].metadata.get("fixed") and given[name] != saved.get(name):
-                raise Stop(f"{earlier} was made with --{name.replace('_', '-')} {saved.get(name)}: "
-                           f"for {given[name]} start a new run")
+    asked = [name for name in ("resume", "sample", "evaluate", "compare") if given.get(name)]
+    if len(asked) > 1 or WORLD > 1 and asked not in ([], ["resume"]):
+        raise Stop(f"--{' and --'.join(asked)} cannot be done together, or by several processes")
+    earlier = asked and asked[0] != "compare" and given[asked[0]]
+    saved = read_config(earlier) if earlier else {}
+    for name in given:
+        if earlier and settings[name].metadata.get("fixed") and given[name] != saved.get(name):
+            raise Stop(f"{earlier} was made with --{name.replace('_', '-')} {saved.get(name)}: "
+                       f"for {given[name]} start a new run")
     dataset = given.get("dataset", saved.get("dataset", Config.dataset))
     if dataset not in Config.PRESETS:
         raise Stop(f"there is no data set '{dataset}': choose one of {', '.join(Config.PRESETS)}")
@@ -179,9 +187,10 @@ def parse_config(argv=None):
         if f.type in (int, float) and not low <= getattr(cfg, name) <= high:
             raise Stop(f"--{name.replace('_', '-')} {getattr(cfg, name)} must be between {low} and {high}")
     if cfg.batch_size % (WORLD * cfg.accumulate):
-        raise Stop(f"--batch-size {cfg.batch_size} does not split into {WORLD} processes x {cfg.accumulate} passes (--accumulate)")
+        raise Stop(f"--batch-size {cfg.batch_size} does not split into {WORLD} processes x {cfg.accumulate} passes "
+                   "(--accumulate)")
     if cfg.sample_steps > cfg.timesteps:
-        raise Stop(f"--sample-steps {cfg.sample_steps} cannot be more than the {cfg.timesteps} noise levels, --timesteps")
+        raise Stop(f"--sample-steps {cfg.sample_steps} cannot be more than --timesteps {cfg.timesteps}")
     level_multipliers(cfg)
     return cfg
 
@@ -189,24 +198,18 @@ def parse_config(argv=None):
 def read_config(folder):
     """The settings in a run's config.json as a dict; Stop if there is none."""
     try:
-        saved = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
-        fields = {f.name: f.type for f in dataclasses.fields(Config)}
-        return {k: fields[k](v) for k, v in saved.items() if k in fields}
-    except (OSError, ValueError, AttributeError, TypeError) as error:
+        saved = dict(json.loads((Path(folder) / "config.json").read_text(encoding="utf-8")))
+        return {f.name: f.type(saved[f.name]) for f in dataclasses.fields(Config) if f.name in saved}
+    except (OSError, ValueError, TypeError) as error:
         raise Stop(f"{folder} is not the folder of a run: its config.json cannot be read ({error})") from None
 
 
 def level_multipliers(cfg):
-    """Channel factors of the U-Net's levels: from the flag, else down to a side of 4 to 7 pixels, (1, 2, 2, 2) for 32."""
-    factors = tuple(int(m) if m.strip().isdecimal() else 0 for m in cfg.multipliers.split(",") if m)
-    if not factors:
-        side, levels = cfg.image_size, 1
-        while side % 2 == 0 and side > 7:
-            side, levels = side // 2, levels + 1
-        factors = (1,) * max(1, levels - 3) + (2,) * min(3, levels - 1)
+    """Channel factors of the U-Net's levels from the flag; Stop if they are none, or the images cannot be halved."""
+    factors = [int(m) if m.isdecimal() else 0 for m in cfg.multipliers.split(",")]
     if min(factors) < 1 or cfg.image_size % 2 ** (len(factors) - 1) or cfg.channels % 4:
-        raise Stop(f"--image-size must be a multiple of {2 ** (len(factors) - 1)}, because a U-Net of {len(factors)} levels halves "
-                   "it at every level but the last; --channels a multiple of 4; --multipliers whole numbers like 1,2,2,2")
+        raise Stop(f"--image-size {cfg.image_size} must divide by 2 at every level but the last of --multipliers "
+                   f"{cfg.multipliers} (whole numbers like 1,2,2,2), and --channels {cfg.channels} by 4")
     return factors
 
 
@@ -216,7 +219,7 @@ def level_multipliers(cfg):
 
 SHAPES = ("circle", "square", "triangle", "diamond", "plus", "cross", "ring", "crescent", "bar", "star")
 SHAPE_ATTRIBUTES = ("warm hue", "bright background", "large", "left of centre", "dot")
-SHAPE_SPLITS = {"train": (20_000, 0), "test": (4_000, 1), "judge": (20_000, 2)}     # images, seed: disjoint
+SHAPE_SPLITS = {"train": (20_000, 0), "test": (4_000, 1), "judge": (20_000, 12)}     # images, seed; judge: train_judge
 
 
 @dataclasses.dataclass
@@ -236,7 +239,7 @@ def signed_distance(figure, x, y):
         return torch.maximum(x.abs() - width, y.abs() - height)
     def plus(x, y):
         return torch.minimum(box(x, y, 0.95, 0.28), box(x, y, 0.28, 0.95))
-    if figure == "star":        # fold the plane into ten equal wedges; the outline there runs from (1, 0) to an inner corner
+    if figure == "star":        # fold the plane into ten wedges; the outline there runs from (1, 0) to an inner corner
         angle = math.pi / 5 - (torch.atan2(x, y).remainder(math.tau / 5) - math.pi / 5).abs()       # 0 at a tip
         u, v = radius * angle.cos() - 1, radius * angle.sin()
         edge = (0.42 * math.cos(math.pi / 5) - 1, 0.42 * math.sin(math.pi / 5))
@@ -277,10 +280,10 @@ def make_shapes(n, size=16, seed=0, bias=0.5):
     distance = torch.empty(n, size, size)
     for label, figure in enumerate(SHAPES):
         distance[labels == label] = signed_distance(figure, x[labels == label], y[labels == label])
-    def paint(image, distance, colour):                       # distance in units of half the image -> pixels -> coverage
+    def paint(image, distance, colour):                       # distance, in halves of the image -> coverage of a pixel
         ink = (0.5 - distance * size / 2).clamp(0, 1)
         return image * (1 - ink) + colour * ink
-    spot = torch.where(dot, torch.hypot(axis + 0.76, axis[:, None] + 0.76) - 0.16, 9)                 # upper left corner
+    spot = torch.where(dot, torch.hypot(axis + 0.76, axis[:, None] + 0.76) - 0.16, 9)               # upper left corner
     images = [paint(paint(grey, distance * radius, colour[..., c:c + 1]), spot, (~bright).float()) for c in range(3)]
     return Dataset((torch.stack(images, 1) * 255).round().to(torch.uint8), labels, list(SHAPES),
                    torch.stack([warm, bright, large, left, dot], 1).flatten(1), SHAPE_ATTRIBUTES)
@@ -288,7 +291,8 @@ def make_shapes(n, size=16, seed=0, bias=0.5):
 
 def seeded_split(n, split, fraction):
     """Indices of a fixed random split, for sets that come without one: `fraction` for test, the rest for train."""
-    order, held_out = torch.randperm(n, generator=torch.Generator().manual_seed(0)).tolist(), max(1, round(n * fraction))
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(0)).tolist()
+    held_out = max(1, round(n * fraction))
     return sorted(order[:held_out] if split == "test" else order[held_out:])
 
 
@@ -303,8 +307,12 @@ def read_folder(root, split):
     top = root / "train" if (root / "train").is_dir() else root
     files, base = images_in(top), top
     if len(files) < 2:
-        raise Stop(f"{top} holds {len(files)} images: --data-dir must name a folder with train/<class>/*, <class>/*, or images")
-    classes = [] if any(p.parent == top for p in files) else sorted({p.relative_to(top).parts[0] for p in files})
+        raise Stop(f"{top} holds {len(files)} images: --data-dir must name a folder with train/<class>/*, <class>/* "
+                   "or images")
+    loose = [p for p in files if p.parent == top]
+    if loose and len(loose) < len(files):
+        raise Stop(f"{top} holds images, like {loose[0].name}, beside folders of images: move them")
+    classes = [] if loose else sorted({p.relative_to(top).parts[0] for p in files})
     if top == root or not (root / "test").is_dir():
         files = [files[i] for i in seeded_split(len(files), split, 0.1)]
     elif split == "test":
@@ -316,24 +324,25 @@ def read_folder(root, split):
 
 
 def read_published(name, split, root):
-    """A published set, downloaded if need be -> images or image files, labels, classes, attributes, attribute names."""
+    """A published set, downloaded if need be -> images or files, labels, classes (and attributes, their names)."""
     train, sets = split == "train", torchvision.datasets
     if name == "cifar10":
         data = sets.CIFAR10(root, train, download=True)
-        return data.data, data.targets, data.classes, None, ()                            # uint8 [N, 32, 32, 3]
+        return data.data, data.targets, data.classes                                      # uint8 [N, 32, 32, 3]
     if name == "stl10":
         data = sets.STL10(root, split, download=True)
-        return data.data.transpose(0, 2, 3, 1), data.labels, data.classes, None, ()       # uint8 [N, 96, 96, 3]
+        return data.data.transpose(0, 2, 3, 1), data.labels, data.classes                 # uint8 [N, 96, 96, 3]
     if name == "fashion-mnist":
         data = sets.FashionMNIST(root, train, download=True)
-        return np.pad(data.data.numpy(), ((0, 0), (2, 2), (2, 2))), data.targets, data.classes, None, ()
+        return np.pad(data.data.numpy(), ((0, 0), (2, 2), (2, 2))), data.targets, data.classes
     if name == "eurosat":
         data = sets.EuroSAT(root, download=True)
         files, labels = zip(*(data.samples[i] for i in seeded_split(len(data.samples), split, 0.2)))
-        return files, labels, data.classes, None, ()
-    if name == "celeba":                                      # its download needs another package: see the message below
+        return files, labels, data.classes
+    if name == "celeba":                                      # its download needs another package: unpacked by hand
         data = sets.CelebA(root, split, target_type="attr")
-        names, files = [n for n in data.attr_names if n], [Path(root, "celeba", "img_align_celeba", f) for f in data.filename]
+        names, folder = [n for n in data.attr_names if n], Path(root, "celeba", "img_align_celeba")
+        files = [folder / f for f in data.filename]
         return files, data.attr[:, names.index("Male")], ["not male", "male"], data.attr.bool(), tuple(names)
     folder = Path(root, "tiny-imagenet-200")
     if not folder.is_dir():
@@ -347,54 +356,49 @@ def read_published(name, split, root):
     else:
         lines = [line.split("\t") for line in (folder / "val" / "val_annotations.txt").read_text().splitlines()]
         files, owners = [folder / "val" / "images" / line[0] for line in lines], [line[1] for line in lines]
-    return files, [ids.index(i) for i in owners], [words[i].split(",")[0] for i in ids], None, ()
+    return files, [ids.index(i) for i in owners], [words[i].split(",")[0] for i in ids]
 
 
 def decode(item, size):
-    """An image file or uint8 array -> uint8 RGB [size, size, 3]: the shorter side is scaled to size, the centre kept."""
+    """An image file or uint8 array -> uint8 RGB [size, size, 3]: the shorter side scaled to size, the centre kept."""
     try:
         image = Image.fromarray(item) if isinstance(item, np.ndarray) else ImageOps.exif_transpose(Image.open(item))
         return np.array(ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.LANCZOS))
-    except Exception as error:                                # Pillow raises many kinds; all mean the same to the reader
+    except Exception as error:                                # Pillow raises many kinds, all of one meaning
         raise Stop(f"{item} does not decode as an image ({error}): replace it or take it away") from None
 
 
 def load_dataset(name, split="train", image_size=None, data_dir="data"):
     """A data set in memory, decoded once and cached beside the data in prototype-*.pt.
 
-    name: a key of Config.PRESETS; split: train, test or train+test; image_size: pixels (None: the preset's).
+    name: a key of Config.PRESETS; split: train or test; image_size: pixels (None: the preset's).
     Returns a Dataset. Raises Stop for an unknown name, missing or unreadable data, no network.
     """
     if name not in Config.PRESETS:
         raise Stop(f"there is no data set '{name}': choose one of {', '.join(Config.PRESETS)}")
+    if split not in (SHAPE_SPLITS if name == "shapes" else ("train", "test")):
+        raise Stop(f"{name} has no split '{split}': choose train or test")
     size = image_size or Config.PRESETS[name].get("image_size", Config.image_size)
-    if split == "train+test":
-        a, b = (load_dataset(name, part, size, data_dir) for part in ("train", "test"))
-        tensors = [None if x is None else torch.cat([x, y]) for x, y in
-                   ((a.images, b.images), (a.labels, b.labels), (a.attributes, b.attributes))]
-        return Dataset(*tensors[:2], a.classes, tensors[2], a.attribute_names)
     if name == "shapes":
         n, seed = SHAPE_SPLITS[split]
         return make_shapes(n, size, seed)
-    root, key, attributes, attribute_names = Path(data_dir), [], None, ()
+    root, key, attributes = Path(data_dir), [], ()
     if name == "folder":
         if not root.is_dir():
             raise Stop(f"there is no folder {root}: --data-dir must name a folder of images")
         items, labels, classes = read_folder(root, split)
         key = [*classes, *(f"{p.relative_to(root)} {p.stat().st_size} {p.stat().st_mtime_ns}" for p in items)]
     cache = root / f"prototype-{name}-{split}-{size}.pt"
-    try:
+    with contextlib.suppress(Exception):                      # there is none, or not a whole one: make it
         saved = torch.load(cache, weights_only=True)
         if saved.pop("key") == key:
             return Dataset(**saved)
-    except Exception:                                         # there is none, or not a whole one: make it
-        pass
     if name != "folder":
         try:
-            items, labels, classes, attributes, attribute_names = read_published(name, split, data_dir)
+            items, labels, classes, *attributes = read_published(name, split, data_dir)
         except (OSError, RuntimeError, ValueError, KeyError) as error:
-            advice = "put its img_align_celeba/ and .txt files, from mmlab.ie.cuhk.edu.hk/projects/CelebA.html, in celeba/ there" \
-                if name == "celeba" else "check the network, or put the files of the data set there"
+            advice = "put its img_align_celeba/ and .txt files, from mmlab.ie.cuhk.edu.hk/projects/CelebA.html, in " \
+                "celeba/ there" if name == "celeba" else "check the network, or put the files of the data set there"
             raise Stop(f"{name} cannot be read in {root} ({error}): {advice}") from None
     images = torch.empty(len(items), 3, size, size, dtype=torch.uint8)
     with ThreadPoolExecutor() as pool:
@@ -403,7 +407,7 @@ def load_dataset(name, split="train", image_size=None, data_dir="data"):
     if (images == images[:, :1]).all():                       # grey throughout
         images = images[:, :1].clone()
     labels = None if labels is None else torch.as_tensor(np.array(labels), dtype=torch.int64)
-    data = Dataset(images, labels, list(classes), attributes, attribute_names)
+    data = Dataset(images, labels, list(classes), *attributes)
     try:
         save_safely({**vars(data), "key": key}, cache)
     except Stop as error:
@@ -412,10 +416,16 @@ def load_dataset(name, split="train", image_size=None, data_dir="data"):
 
 
 def save_safely(content, path):
-    """torch.save by way of a temporary neighbour: a kill leaves the old file or the new one, never half of one."""
+    """Write .json, .npz or .pt by way of a temporary neighbour: a kill leaves the old file or the new, never half."""
     temporary = Path(f"{path}.{os.getpid()}.tmp")
     try:
-        torch.save(content, temporary)
+        if path.suffix == ".json":
+            temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        elif path.suffix == ".npz":
+            with open(temporary, "wb") as file:
+                np.savez(file, **content)
+        else:
+            torch.save(content, temporary)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:                  # no permission, no space
         temporary.unlink(missing_ok=True)
@@ -441,28 +451,20 @@ def scaled(images, index, device, flip=None):
 # 3  Prototypes: the section that differs between the three scripts
 # --------------------------------------------------------------------------------------------------------------------
 
-GAMMA, PULL = 2.0, 0.01     # softness of the distance softmax (the paper's); weight of the prototype loss (our choice)
+GAMMA, PULL = 2.0, 0.01     # sharpness of the distance softmax (the paper's); weight of the prototype loss (our choice)
 
 
 class PrototypeLearner(nn.Module):
     """Convolutional prototype learning (Yang et al. 2018): features f(x) and K prototypes a class in one space.
 
-    Images [B, channels, side, side] in [-1, 1] -> features [B, D]: a ResNet-18 whose first stage has `width` channels,
-    its pooled features -> Linear -> ReLU -> Linear(D). Prototypes: [C, K, D].
+    Images [B, channels, side, side] in [-1, 1] -> features [B, D]: a ResNet-18's pooled features -> Linear -> ReLU ->
+    Linear(D). Prototypes: [C, K, D].
     """
     def __init__(self, channels, side, classes, dim, per_class=1, width=64, imagenet=False):
         super().__init__()
-        net = torchvision.models.resnet18(weights="DEFAULT" if imagenet else None)
-        if width != 64:                                       # torchvision fixes the width: build the four stages again
-            net.inplanes, net.bn1 = width, nn.BatchNorm2d(width)
-            for i, stride in enumerate((1, 2, 2, 2)):
-                setattr(net, f"layer{i + 1}", net._make_layer(torchvision.models.resnet.BasicBlock, width << i, 2, stride))
-        if side <= 64:                                        # a stem that keeps small images large
-            net.conv1, net.maxpool = nn.Conv2d(channels, width, 3, padding=1, bias=False), nn.Identity()
-        elif (channels, width) != (3, 64):
-            net.conv1 = nn.Conv2d(channels, width, 7, 2, padding=3, bias=False)
-        net.fc = nn.Sequential(nn.Linear(8 * width, 8 * width), nn.ReLU(), nn.Linear(8 * width, dim))
-        self.net, self.prototypes = net, nn.Parameter(0.1 * torch.randn(classes, per_class, dim))
+        self.net, c = resnet(channels, side, width, imagenet), 8 * width
+        self.net.fc = nn.Sequential(nn.Linear(c, c), nn.ReLU(), nn.Linear(c, dim))
+        self.prototypes = nn.Parameter(0.1 * torch.randn(classes, per_class, dim))
 
     def forward(self, x):
         return self.net(x)
@@ -493,60 +495,29 @@ def nearest_prototypes(z, prototypes):
     return d.amin(-1).argmin(-1), d.argmin(-1)
 
 
-def shifted(x, gen):
-    """Augmentation: each image of x [B, C, H, W] moved by up to an eighth of its side, edges mirrored."""
-    most = x.shape[-1] // 8
-    theta = torch.eye(2, 3, device=x.device).repeat(len(x), 1, 1)
-    theta[:, :, 2] = torch.randint(-most, most + 1, (len(x), 2), generator=gen, device=x.device) * 2 / x.shape[-1]
-    grid = F.affine_grid(theta, x.shape, align_corners=False)
-    return F.grid_sample(x, grid, mode="nearest", padding_mode="reflection", align_corners=False)
-
-
-def learn_prototypes(data, cfg, device, seed):
-    """Stage 1: a PrototypeLearner trained on a Dataset for cfg.learner_steps of 128 images, in eval mode."""
-    torch.manual_seed(seed)
+def learn_prototypes(data, cfg, device):
+    """Stage 1: a PrototypeLearner trained on a Dataset, in eval mode."""
+    torch.manual_seed(cfg.seed)
     try:
         learner = PrototypeLearner(data.images.shape[1], data.images.shape[-1], len(data.classes), cfg.prototype_dim,
                                    cfg.prototypes_per_class, cfg.learner_width, cfg.imagenet)
     except OSError as error:
-        raise Stop(f"the ImageNet weights cannot be downloaded ({error}): check the network, or go without --imagenet") from None
-    learner.to(device, memory_format=memory_format(device))
-    optimizer = torch.optim.AdamW(learner.parameters(), lr=2e-3, weight_decay=0.05, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=cfg.learner_steps + 1)
-    images, labels, gen = place_images(data.images, device), data.labels.to(device), torch.Generator(device)
-    dtype = amp_dtype(device, cfg.amp)
-    for step in range(cfg.learner_steps):
-        gen.manual_seed(seed_of(seed, 0, step))
-        index = batch_index(step, 128, len(images), seed, images.device)
-        flip = torch.rand(128, generator=gen, device=device) < 0.5 if cfg.mirror else None
-        with autocast(device, None if dtype is torch.float16 else dtype):           # float16 would want a scaler here too
-            z = learner(shifted(scaled(images, index, device, flip), gen))
-        d, y = squared_distances(z, learner.prototypes), labels[index.to(device)]
-        loss = dce_loss(d, y) + PULL * prototype_loss(d, y)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(learner.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        if (step + 1) % cfg.log_every == 0:
-            progress(f"stage 1: step {step + 1}/{cfg.learner_steps}  loss {loss.item():.4f}")
-    return learner.eval().requires_grad_(False)
+        raise Stop(f"the ImageNet weights cannot be downloaded ({error}): try without --imagenet") from None
 
-
-@torch.no_grad()
-def features_of(net, images, device):
-    """net(x) in float32 on the CPU for all uint8 images [N, C, H, W], as x in [-1, 1]."""
-    return torch.cat([net(scaled(images, i, device)).float().cpu() for i in torch.arange(len(images)).split(500)])
+    def loss_fn(z, y):
+        d = squared_distances(z, learner.prototypes)
+        return dce_loss(d, y) + PULL * prototype_loss(d, y)
+    return fit(learner, data.images, data.labels, loss_fn, cfg.learner_steps, cfg, cfg.seed, device)
 
 
 def class_table(prototypes, scale):
-    """Prototypes [C, K, D] -> rows [C K, D] of the class table; rms: one factor for all, to the RMS 1 of N(0, 1) rows."""
+    """Prototypes [C, K, D] -> rows [C K, D] of the class table; rms: scaled by one factor to RMS 1, that of N(0, 1)."""
     rows = prototypes.detach().float().cpu().flatten(0, 1)
     return rows / rows.square().mean().sqrt() if scale == "rms" else rows
 
 
 def rows_for(frequency, labels, seed):
-    """Class labels [N] -> table rows [N]: one of the class's K prototypes, drawn by its frequency [C, K] in training."""
+    """Class labels [N] -> table rows [N]: one of the class's K prototypes, by its frequency [C, K] in training."""
     k = torch.multinomial(frequency[labels], 1, generator=torch.Generator().manual_seed(seed_of(seed, 1)))[:, 0]
     return labels * frequency.shape[1] + k
 
@@ -569,7 +540,8 @@ class ProtoDiffusion(nn.Module):
 
     def param_groups(self, cfg):
         """For the optimiser: the table learns at lr * prototype_lr, from the fraction unfreeze_at of training on."""
-        table = dict(params=[self.table.weight], factor=cfg.prototype_lr, start=round(cfg.unfreeze_at * cfg.steps))
+        factor, start = (cfg.prototype_lr, cfg.unfreeze_at) if cfg.prototypes == "unfrozen" else (1.0, 0.0)
+        table = dict(params=[self.table.weight], factor=factor, start=round(start * cfg.steps))
         groups = [dict(params=[*self.unet.parameters(), *self.mlp.parameters()], factor=1.0, start=0), table]
         return groups if self.table.weight.requires_grad else groups[:1]
 
@@ -592,7 +564,7 @@ def time_embedding(t, dim):
 
 
 def group_norm(channels):
-    """32 groups, or fewer of 4 channels: a channel that is normalised alone forgets its mean, and with it the colour."""
+    """32 groups, or fewer, of at least 4 channels: a channel normalised alone forgets its mean, the colour."""
     return nn.GroupNorm(math.gcd(32, channels // 4), channels)
 
 
@@ -658,7 +630,7 @@ class UNet(nn.Module):
         self.first = nn.Conv2d(image_channels, channels, 3, padding=1)
         self.down, self.up, skips, c = nn.ModuleList(), nn.ModuleList(), [channels], channels
 
-        def stage(c_in, c_out, level):
+        def level_block(c_in, c_out, level):
             attend = [Attention(c_out)] if side >> level <= attention else []
             return Stage([ResBlock(c_in, c_out, E, dropout), *attend])
         for level, m in enumerate(multipliers):
@@ -666,31 +638,37 @@ class UNet(nn.Module):
                 self.down.append(nn.Conv2d(c, c, 3, stride=2, padding=1))
                 skips.append(c)
             for _ in range(blocks):
-                self.down.append(stage(c, m * channels, level))
+                self.down.append(level_block(c, m * channels, level))
                 c = m * channels
                 skips.append(c)
         self.middle = Stage([ResBlock(c, c, E, dropout), Attention(c), ResBlock(c, c, E, dropout)])
         for level, m in reversed(list(enumerate(multipliers))):
             for _ in range(blocks + 1):
-                self.up.append(stage(c + skips.pop(), m * channels, level))
+                self.up.append(level_block(c + skips.pop(), m * channels, level))
                 c = m * channels
             if level > 0:
                 self.up.append(nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(c, c, 3, padding=1)))
         self.last = nn.Sequential(group_norm(c), nn.SiLU(), zeroed(nn.Conv2d(c, image_channels, 3, padding=1)))
 
-    def forward(self, x, t, condition=None):
-        emb = self.time_mlp(time_embedding(t, self.channels))                       # [B, E]
-        if condition is not None:
-            emb = emb + condition
+    def encode(self, x, emb):
+        """x [B, C, S, S], emb [B, E] -> features before the middle, [B, c, s, s], and those that skip it."""
         h = self.first(x)
         skips = [h]
         for layer in self.down:
             h = layer(h, emb) if isinstance(layer, Stage) else layer(h)
             skips.append(h)
+        return h, skips
+
+    def decode(self, h, skips, emb):
         h = self.middle(h, emb)
         for layer in self.up:
             h = layer(torch.cat([h, skips.pop()], dim=1), emb) if isinstance(layer, Stage) else layer(h)
         return self.last(h)
+
+    def forward(self, x, t, condition=None):
+        emb = self.time_mlp(time_embedding(t, self.channels))                       # [B, E]
+        emb = emb if condition is None else emb + condition
+        return self.decode(*self.encode(x, emb), emb)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -715,7 +693,7 @@ def add_noise(x0, t, eps, abar):
 
 
 def noise_loss(model, x0, condition, t, eps, abar):
-    """Squared error of the predicted noise, mean over all elements (DDPM eq. 14). condition: the model's third input."""
+    """Squared error of the predicted noise, mean over all elements (DDPM eq. 14). condition: model's third input."""
     return F.mse_loss(model(add_noise(x0, t, eps, abar), t, condition).float(), eps)
 
 
@@ -732,12 +710,12 @@ def guided_noise(model, x, t, condition, null, w):
 
 
 def sample_times(T, steps):
-    """The noise levels of a run of 1 <= steps <= T: trailing spacing, round(T - i T / steps) - 1, so T - 1 is the first."""
+    """The noise levels of a run of 1 <= steps <= T: trailing spacing, round(T - i T / steps) - 1, T - 1 first."""
     return [round(T - i * T / steps) - 1 for i in range(steps)]
 
 
 def ddim_step(x, x0, eps, a, a_next, eta=0.0, noise=None):
-    """Song et al. 2021, eq. 12: x at abar a, with its predictions x0 and eps -> x at abar a_next. eta = 1: ddpm_step."""
+    """Song et al. 2021, eq. 12: x at abar a, with predictions x0 and eps -> x at abar a_next. eta = 1: ddpm_step."""
     sigma = eta * ((1 - a_next) / (1 - a) * (1 - a / a_next)).sqrt()                # Song eq. 16
     mean = a_next.sqrt() * x0 + (1 - a_next - sigma ** 2).clamp(min=0).sqrt() * eps
     return mean if eta == 0 else mean + sigma * noise
@@ -757,7 +735,7 @@ def dpmpp_step(x, x0, a, a_next, x0_before=None, a_before=None):
     """
     def log_snr(a):
         return 0.5 * (a.log() - (1 - a).log())
-    h, D = log_snr(a_next) - log_snr(a), x0
+    h, D = log_snr(a_next) - log_snr(a), x0                   # D: the image that the step aims at, as in Lu
     if x0_before is not None and a_next < 1:
         r = (log_snr(a) - log_snr(a_before)) / h
         D = (1 + 1 / (2 * r)) * x0 - x0_before / (2 * r)
@@ -772,7 +750,7 @@ def sample(predict, xT, abar, steps=20, sampler="dpmpp", eta=0.0, clip=True, gen
     from it again. generator: of the noise that ddpm, and ddim with eta > 0, add. trace: a list, gets (t, x) per step.
     """
     x, times, before = xT, sample_times(len(abar), steps), ()
-    levels = [*abar.cpu()[times], torch.ones(())]             # plain numbers: the device never waits for them
+    levels = [*abar.cpu()[times], torch.ones(())]             # on the CPU: nobody waits for the device
     for t, a, a_next in zip(times, levels, levels[1:]):
         if trace is not None:
             trace.append((t, x))
@@ -785,20 +763,23 @@ def sample(predict, xT, abar, steps=20, sampler="dpmpp", eta=0.0, clip=True, gen
         if sampler == "dpmpp":
             x, before = dpmpp_step(x, x0, a, a_next, *before), (x0, a)
         else:
-            x = ddpm_step(x, x0, a, a_next, noise) if sampler == "ddpm" else ddim_step(x, x0, eps, a, a_next, eta, noise)
+            x = ddpm_step(x, x0, a, a_next, noise) if sampler == "ddpm" else \
+                ddim_step(x, x0, eps, a, a_next, eta, noise)
     return x
 
 
 def generate(model, cfg, conditions, shape, device, trace=None):
     """One image for each condition (int64 [N], the model's third input, null is -1) -> uint8 [N, C, H, W] on the CPU.
 
-    shape: [C, H, W]. The same cfg.seed gives the same images. Stop if the network gives something that is no number.
+    shape: [C, H, W]. The same cfg.seed and sample_batch give the same images. Stop if they
+    are no numbers.
     """
     abar, dtype, gen, images = alpha_bars(cfg.timesteps), amp_dtype(device, cfg.amp), torch.Generator(device), []
     network = torch.compile(model) if cfg.compile else model
     for i, given in enumerate(conditions.to(device).split(cfg.sample_batch)):
         gen.manual_seed(seed_of(cfg.seed, 2, i))
-        xT = torch.randn(len(given), *shape, generator=gen, device=device).contiguous(memory_format=memory_format(device))
+        xT = torch.randn(len(given), *shape, generator=gen, device=device)
+        xT = xT.contiguous(memory_format=memory_format(device))
 
         def predict(x, t):
             with autocast(device, dtype):
@@ -837,6 +818,8 @@ def choose_backends(device):
     """Switches that hold for the whole process. On a CPU, attention over small images is fastest as plain products."""
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     if device.type == "cpu":
         torch.backends.cuda.enable_flash_sdp(False)           # the CPU's too, in spite of its name
         torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
@@ -861,40 +844,34 @@ def autocast(device, dtype):
 
 
 def seed_of(*key):
-    """One 32-bit seed from whole numbers such as (seed of the run, purpose, step)."""
+    """One 32-bit seed from whole numbers: (seed of the run, purpose, step).
+
+    Purposes: 0 classifier's augmentation, 1 a class's prototypes, 2 sampling, 3 images, 4 noise, 5 dropout, 6 table.
+    """
     return int(np.random.SeedSequence(key).generate_state(1)[0])
 
 
-@functools.lru_cache(maxsize=2)
-def epoch_order(n, seed, epoch, device):
-    return torch.randperm(n, generator=torch.Generator(device).manual_seed(seed_of(seed, 3, epoch)), device=device)
-
-
-def batch_index(step, batch_size, n, seed, device):
-    """Indices [batch_size] of a step's images: every epoch is a permutation that follows from (seed, epoch) alone."""
-    first, pieces = step * batch_size, []
-    while first < (step + 1) * batch_size:
-        epoch, offset = divmod(first, n)
-        pieces.append(epoch_order(n, seed, epoch, device)[offset:offset + (step + 1) * batch_size - first])
-        first += len(pieces[-1])
-    return torch.cat(pieces)
+def random_index(images, n, *key):
+    """Which n of the images a step sees, [n], with replacement; it follows from `key`, the seed and the step, alone."""
+    gen = torch.Generator().manual_seed(seed_of(*key))        # on the CPU: the same wherever the images lie
+    return torch.randint(len(images), (n,), generator=gen).to(images.device, non_blocking=True)
 
 
 def random_batches(cfg, images, targets, step, device):
-    """The passes of one step, for this process: x0 in [-1, 1], target, t, eps and chance (uniform, one number an image).
+    """The passes of one step, for this process: x0 in [-1, 1], target, t, eps and chance (uniform, one an image).
 
     Everything follows from (seed, step), for the whole batch, of which each process and pass takes its rows. So there
     is no random state to save, and any number of processes or passes trains alike.
     """
-    B, rows = cfg.batch_size, cfg.batch_size // (WORLD * cfg.accumulate)
+    B, per_pass = cfg.batch_size, cfg.batch_size // (WORLD * cfg.accumulate)
     gen = torch.Generator(device).manual_seed(seed_of(cfg.seed, 4, step))
     t = torch.randint(cfg.timesteps, (B,), generator=gen, device=device)
     eps = torch.randn(B, *images.shape[1:], generator=gen, device=device)
     flip, chance = torch.rand(2, B, generator=gen, device=device)
-    index = batch_index(step, B, len(images), cfg.seed, images.device)
+    index = random_index(images, B, cfg.seed, 3, step)
     torch.manual_seed(seed_of(cfg.seed, 5, step, RANK))       # dropout
-    for first in range(RANK * cfg.accumulate * rows, (RANK + 1) * cfg.accumulate * rows, rows):
-        part = slice(first, first + rows)
+    for i in range(RANK * cfg.accumulate, (RANK + 1) * cfg.accumulate):
+        part = slice(i * per_pass, (i + 1) * per_pass)
         x0 = scaled(images, index[part], device, flip[part] < 0.5 if cfg.mirror else None)
         yield SimpleNamespace(x0=x0.contiguous(memory_format=memory_format(device)), t=t[part], eps=eps[part],
                               target=targets[index[part].to(device)], chance=chance[part])
@@ -939,20 +916,17 @@ def safe_step(optimizer, scaler):
 
 @contextlib.contextmanager
 def interruptible():
-    """Yields a list that Ctrl-C or SIGTERM makes non-empty, so that a step can end first; Ctrl-C twice stops at once."""
-    asked = []
+    """Yields a list that Ctrl-C makes non-empty, so that a step can end first; Ctrl-C twice stops at once."""
+    asked, before = [], signal.getsignal(signal.SIGINT)
 
-    def ask(number, frame):
-        if asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        asked.append(number)
-    main_thread = threading.current_thread() is threading.main_thread()
-    before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM) if main_thread}
+    def ask(*_):
+        asked.append(True)
+        signal.signal(signal.SIGINT, before)
+    signal.signal(signal.SIGINT, ask)
     try:
         yield asked
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        signal.signal(signal.SIGINT, before)
 
 
 def progress(text, end=False):
@@ -962,28 +936,12 @@ def progress(text, end=False):
         print(("\r\033[K" if live else "") + text, end="" if live and not end else "\n", flush=True)
 
 
-def append_row(path, row):
-    """Add a dict to a CSV file, with a header if the file is new."""
-    new = not path.exists()
-    with open(path, "a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, row)
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
-
-
-def read_rows(path, up_to=math.inf):
-    """Rows of a CSV file of numbers, as dicts; rows whose step is beyond `up_to` are taken out of the file."""
-    if not path.exists():
-        return []
-    with open(path, newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    kept = [row for row in rows if int(row["step"]) <= up_to]
-    if len(kept) < len(rows):
-        path.unlink()
-        for row in kept:
-            append_row(path, row)
-    return [{k: float(v) for k, v in row.items()} for row in kept]
+def write_csv(path, rows):
+    """Rows (dicts with the same keys) as a CSV file with a header."""
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def load_checkpoint(path):
@@ -991,7 +949,7 @@ def load_checkpoint(path):
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise Stop(f"there is no {path} yet: --resume the run first") from None
+        raise Stop(f"there is no {path}: --resume the run first, or name a run inside a comparison") from None
     except Exception as error:                                # zip, pickle, storage: many kinds, one meaning
         raise Stop(f"{path} is damaged or no checkpoint ({str(error).splitlines()[0][:80]})") from None
     if not isinstance(state, dict) or state.get("script") != SCRIPT:
@@ -999,20 +957,21 @@ def load_checkpoint(path):
     return state
 
 
-def load_weights(module, weights, path):
+def load_weights(part, state, path):
+    """part.load_state_dict(state), or Stop."""
     try:
-        module.load_state_dict(weights)
-    except (RuntimeError, KeyError, TypeError, AttributeError):
+        part.load_state_dict(state)
+    except (RuntimeError, KeyError, TypeError, ValueError, AttributeError):
         raise Stop(f"{path} holds another network than config.json beside it describes") from None
 
 
 def load_run(folder, device="auto"):
-    """Everything needed to sample from a run: config, model (the average, in eval mode), extra, step, seconds, device."""
+    """Everything needed to sample from a run: config, model (the average, in eval mode), extra, step, log, device."""
     folder, device = Path(folder), find_device(device)
     cfg, state = Config(**read_config(folder)), load_checkpoint(folder / "checkpoint.pt")
     model = cfg.build(state["extra"]).to(device, memory_format=memory_format(device)).eval().requires_grad_(False)
     load_weights(model, state["average"], folder / "checkpoint.pt")
-    return SimpleNamespace(config=cfg, model=model, extra=state["extra"], step=state["step"], seconds=state["seconds"],
+    return SimpleNamespace(config=cfg, model=model, extra=state["extra"], step=state["step"], log=state["log"],
                            device=device)
 
 
@@ -1020,8 +979,8 @@ def train(cfg, model, images, targets, loss_fn, folder, extra, device, on_eval=N
     """Train on uint8 images [N, C, H, W] to cfg.steps, on from folder/checkpoint.pt if there is one.
 
     targets [N]: what loss_fn wants to know of each image. loss_fn(net, batch, abar) -> dict of scalars, "loss" first;
-    batch: see random_batches. extra: kept in the checkpoint. on_eval(step, seconds, average) is called every
-    cfg.eval_every steps, off the clock. Returns the moving average of the model and the seconds of training.
+    batch: see random_batches. extra: kept in the checkpoint. on_eval(average) -> dict: called every cfg.eval_every
+    steps, off the clock. Returns the moving average of the model, and the log: seconds, rows of log.csv, evals.
     """
     abar, dtype = alpha_bars(cfg.timesteps).to(device), amp_dtype(device, cfg.amp)
     images, targets = place_images(images, device), targets.to(device)
@@ -1029,26 +988,33 @@ def train(cfg, model, images, targets, loss_fn, folder, extra, device, on_eval=N
     average = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(model.param_groups(cfg), betas=(0.9, 0.95), weight_decay=cfg.weight_decay, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
-    parts, checkpoint = dict(model=model, average=average, optimizer=optimizer, scaler=scaler), folder / "checkpoint.pt"
-    done, seconds = 0, 0.0
+    parts = dict(model=model, average=average, optimizer=optimizer, scaler=scaler)
+    checkpoint, done, log = folder / "checkpoint.pt", 0, dict(seconds=0.0, skipped=0, rows=[], evals=[])
 
     def save(step):
+        log["skipped"] = int(skipped)
         if RANK == 0:
             states = {name: part.state_dict() for name, part in parts.items()}
-            save_safely(dict(script=SCRIPT, step=step, seconds=seconds, extra=extra, **states), checkpoint)
+            save_safely(dict(script=SCRIPT, step=step, log=log, extra=extra, **states), checkpoint)
     if checkpoint.exists():
         state = load_checkpoint(checkpoint)
-        done, seconds = state["step"], state["seconds"]
+        done, log = state["step"], state["log"]
         for name, part in parts.items():
-            if name != "scaler" or state[name] and scaler.is_enabled():             # --amp may have changed
-                load_weights(part, state.pop(name), checkpoint)
-    else:
-        save(0)
-    if RANK == 0:
-        read_rows(folder / "log.csv", done)                   # drop what a killed run logged after its last checkpoint
+            if weights := state.pop(name):                    # a scaler that was off has none
+                load_weights(part, weights, checkpoint)
+        for group, asked in zip(optimizer.param_groups, model.param_groups(cfg)):           # what may have changed
+            group.update(factor=asked["factor"], start=asked["start"], weight_decay=cfg.weight_decay)
     net = nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
     forward = torch.compile(net) if cfg.compile else net
-    sums, skipped, in_a_row, logged, clock = {}, torch.zeros((), device=device), 0, done, time.perf_counter()
+    skipped, in_a_row = torch.tensor(float(log["skipped"]), device=device), 0
+    if not done:
+        save(0)
+    sums, logged, start, clock = {}, done, log["seconds"], time.perf_counter()
+
+    def tick():
+        nonlocal clock
+        log["seconds"] += time.perf_counter() - clock
+        clock = time.perf_counter()
 
     with interruptible() as asked:
         for step in range(done, cfg.steps):
@@ -1065,39 +1031,42 @@ def train(cfg, model, images, targets, loss_fn, folder, extra, device, on_eval=N
             update_average(average, model, step)
             skipped, in_a_row, now = skipped + bad, (in_a_row + 1) * bad, step + 1
 
-            stopping = bool(asked) and WORLD == 1
             if now % cfg.log_every == 0 or now == cfg.steps:
-                means = torch.stack([s / (now - logged) / WORLD for s in sums.values()] + [skipped.new_tensor(len(asked))])
+                means = torch.stack(list(sums.values())) / (now - logged) / WORLD
                 if WORLD > 1:
                     dist.all_reduce(means)
-                *values, stop = means.tolist()                # here alone the host waits for the device
-                elapsed, clock = time.perf_counter() - clock, time.perf_counter()
-                speed, seconds, logged = (now - logged) * cfg.batch_size / elapsed, seconds + elapsed, now
-                losses, sums, stopping = dict(zip(sums, values)), {}, stop > 0
+                losses = dict(zip(sums, means.tolist()))      # here alone the host waits for the device
+                tick()
+                speed = (now - logged) * cfg.batch_size / (log["seconds"] - start)
+                sums, logged, start = {}, now, log["seconds"]
+                log["rows"].append({"step": now, **losses, "learning rate": learning_rate(step, cfg),
+                                    "images/s": speed, "seconds": log["seconds"], "skipped steps": int(skipped)})
                 if RANK == 0:
-                    append_row(folder / "log.csv", {"step": now, **losses, "learning rate": learning_rate(step, cfg),
-                               "images/s": round(speed, 1), "seconds": round(seconds, 2), "skipped steps": int(skipped)})
+                    write_csv(folder / "log.csv", log["rows"])
                 progress(f"step {now}/{cfg.steps}  loss {losses['loss']:.4f}  {speed:.0f} images/s  "
                          f"{(cfg.steps - now) * cfg.batch_size / speed / 60:.1f} min left", now == cfg.steps)
                 if in_a_row > 30:                             # float16's scaler needs at most 17 to find its scale
-                    raise Stop(f"the last {int(in_a_row)} gradients were not finite, and no step was taken: {checkpoint} is "
-                               "sound; --resume it with a lower --lr, or with --amp bf16 or off")
+                    raise Stop(f"the last {int(in_a_row)} gradients were not finite, and no step was taken: "
+                               f"{checkpoint} is sound; --resume it with a lower --lr, or with --amp bf16 or off")
             if on_eval and (now % cfg.eval_every == 0 or now == cfg.steps):
-                seconds += time.perf_counter() - clock
-                on_eval(now, seconds, average)
+                tick()
+                log["evals"].append({"step": now, "seconds": log["seconds"], **on_eval(average)})
                 clock = time.perf_counter()
-            if stopping or now % cfg.save_every == 0 or now == cfg.steps:
+            stop = asked and WORLD == 1 and now < cfg.steps
+            if stop or now % cfg.save_every == 0 or now == cfg.steps:
+                tick()
                 save(now)
-            if stopping and now < cfg.steps:
+            if stop:
                 raise KeyboardInterrupt
-    return average, seconds
+    return average, log
 
 
 # --------------------------------------------------------------------------------------------------------------------
 # 7  Metrics
 # --------------------------------------------------------------------------------------------------------------------
 
-INCEPTION = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
+INCEPTION = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
+             "pt_inception-2015-12-05-6726825d.pth")
 
 
 def moments(features):
@@ -1120,7 +1089,7 @@ def inception_score(logits, splits=10):
     """exp(mean KL(p(y|x) || p(y))) over shuffled splits (Salimans et al. 2016): logits [N, L] -> mean, std."""
     logits = logits.double()[torch.randperm(len(logits), generator=torch.Generator().manual_seed(0))]
     scores = []
-    for part in logits.chunk(splits):
+    for part in logits.tensor_split(splits):
         log_p = part.log_softmax(1)
         log_mean = log_p.logsumexp(0) - math.log(len(part))
         scores.append((log_p.exp() * (log_p - log_mean)).sum(1).mean().exp())
@@ -1153,7 +1122,7 @@ def fid_inception():
             lambda module, pooled: pooled[0] / F.avg_pool2d(torch.ones_like(pooled[0][:1, :1]), 3, stride=1, padding=1))
     seen = []
     net.Mixed_7c.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    net.Mixed_7c.branch_pool.register_forward_pre_hook(lambda module, pooled: F.max_pool2d(seen.pop(), 3, 1, padding=1))
+    net.Mixed_7c.branch_pool.register_forward_pre_hook(lambda module, args: F.max_pool2d(seen.pop(), 3, 1, padding=1))
     return net.eval().requires_grad_(False)
 
 
@@ -1162,8 +1131,9 @@ def load_inception(source, device):
     if source == "off" or source == "auto" and device.type == "cpu":
         return None, "ask with --inception download, or --inception FILE"
     try:
-        weights = torch.load(source, map_location="cpu", weights_only=True) if source not in ("auto", "download") else \
-            torch.hub.load_state_dict_from_url(INCEPTION, map_location="cpu", check_hash=True, weights_only=True)
+        options = dict(map_location="cpu", weights_only=True)
+        weights = torch.load(source, **options) if source not in ("auto", "download") else \
+            torch.hub.load_state_dict_from_url(INCEPTION, check_hash=True, **options)
         net = fid_inception()
         net.load_state_dict(weights)
         return net.to(device), ""
@@ -1173,7 +1143,7 @@ def load_inception(source, device):
 
 @torch.no_grad()
 def inception_features(net, images, device):
-    """uint8 [N, C, H, W] -> features [N, 2048] and logits without bias [N, 1008] on the CPU; input as in pytorch-fid."""
+    """uint8 [N, C, H, W] -> features [N, 2048], logits without bias [N, 1008], on the CPU; input as in pytorch-fid."""
     features, head = [], net.fc
     net.fc = nn.Identity()
     for part in images.split(100):
@@ -1199,7 +1169,7 @@ def inception_metrics(cfg, samples, real, device):
         mu, sigma = moments(features)
         some = features[torch.randperm(len(features), generator=torch.Generator().manual_seed(0))[:10_000]]
         cache.parent.mkdir(parents=True, exist_ok=True)
-        np.savez(cache, mu=mu, sigma=sigma, features=some)
+        save_safely(dict(mu=mu, sigma=sigma, features=some), cache)
     mu, sigma, some = (torch.from_numpy(np.load(cache)[name]) for name in ("mu", "sigma", "features"))
     features, logits = inception_features(net, samples, device)
     (kid, kid_std), (score, score_std) = kernel_distance(features, some), inception_score(logits)
@@ -1208,32 +1178,88 @@ def inception_metrics(cfg, samples, real, device):
             f"IS{n}": score, f"IS{n} (std)": score_std}
 
 
-def make_judge(learner, train_set, test_set, device):
-    """A PrototypeLearner to measure samples by, with what it makes of real held-out images: accuracy, Frechet floor."""
-    real, held_out = (features_of(learner, data.images, device) for data in (train_set, test_set))
-    judge = SimpleNamespace(learner=learner, prototypes=learner.prototypes.cpu(), real=moments(real), held_out=held_out)
-    right = nearest_prototypes(held_out, judge.prototypes)[0] == test_set.labels
-    judge.accuracy, judge.floor = right.float().mean().item(), frechet_distance(*moments(held_out), *judge.real)
-    return judge
+def resnet(channels, side, width=64, imagenet=False):
+    """torchvision's ResNet-18 for images [B, channels, side, side], its first stage `width` channels wide; fc: none."""
+    if imagenet and width != 64:
+        raise Stop("ImageNet weights (--imagenet) are of width 64: add --learner-width 64")
+    net = torchvision.models.resnet18(weights="DEFAULT" if imagenet else None)
+    if width != 64:                                           # torchvision fixes the width: build the four stages again
+        net.inplanes, net.bn1, block = width, nn.BatchNorm2d(width), torchvision.models.resnet.BasicBlock
+        for i, stride in enumerate((1, 2, 2, 2)):
+            setattr(net, f"layer{i + 1}", net._make_layer(block, width << i, 2, stride))
+    if side <= 64:                                            # a stem that keeps small images large
+        net.conv1, net.maxpool = nn.Conv2d(channels, width, 3, padding=1, bias=False), nn.Identity()
+    elif (channels, width) != (3, 64):
+        net.conv1 = nn.Conv2d(channels, width, 7, 2, padding=3, bias=False)
+    net.fc = nn.Identity()
+    return net
 
 
-def judge_samples(judge, samples, labels, device):
-    """uint8 samples, labels asked for -> share recognised as such; Frechet distance to the training images.
+def shifted(x, gen):
+    """Augmentation: each image of x [B, C, H, W] moved by up to an eighth of its side, edges mirrored."""
+    most = x.shape[-1] // 8
+    theta = torch.eye(2, 3, device=x.device).repeat(len(x), 1, 1)
+    theta[:, :, 2] = torch.randint(-most, most + 1, (len(x), 2), generator=gen, device=x.device) * 2 / x.shape[-1]
+    grid = F.affine_grid(theta, x.shape, align_corners=False)
+    return F.grid_sample(x, grid, mode="nearest", padding_mode="reflection", align_corners=False)
 
-    That distance lies in the features of this one classifier. It is not FID, and compares only under the same judge.
+
+def fit(net, images, targets, loss_fn, steps, cfg, seed, device):
+    """Train a classifier on uint8 images [N, C, H, W] by loss_fn(net(x), target), 128 a step -> net, in eval mode."""
+    net.to(device, memory_format=memory_format(device)).train()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3, weight_decay=0.05, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps + 1)
+    images, targets, gen = place_images(images, device), targets.to(device), torch.Generator(device)
+    dtype = amp_dtype(device, cfg.amp)
+    for step in range(steps):
+        gen.manual_seed(seed_of(seed, 0, step))
+        index = random_index(images, 128, seed, 3, step)
+        flip = torch.rand(128, generator=gen, device=device) < 0.5 if cfg.mirror else None
+        with autocast(device, None if dtype is torch.float16 else dtype):           # float16 would want a scaler
+            output = net(shifted(scaled(images, index, device, flip), gen))
+        loss = loss_fn(output.float(), targets[index.to(device)])
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if (step + 1) % cfg.log_every == 0:
+            progress(f"classifier: step {step + 1}/{steps}  loss {loss.item():.4f}")
+    return net.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def features_of(net, images, device):
+    """net(x) in float32 on the CPU for all uint8 images [N, C, H, W], as x in [-1, 1]."""
+    return torch.cat([net(scaled(images, i, device)).float().cpu() for i in torch.arange(len(images)).split(500)])
+
+
+JUDGE_SEED = 2**31 + 20_000             # no run's: --seed ends below
+
+
+def train_judge(cfg, train_set, device):
+    """A classifier trained apart from the method: real images alone, another seed, for shapes other images.
+
+    Returns what judge_images wants: embed, image -> features; classify, features -> class; real, the moments of its
+    features of the training images.
     """
-    z = features_of(judge.learner, samples, device)
-    right = nearest_prototypes(z, judge.prototypes)[0] == labels
-    return {"accuracy": right.float().mean().item(), "frechet": frechet_distance(*moments(z), *judge.real)}
+    data = load_dataset("shapes", "judge", cfg.image_size) if cfg.dataset == "shapes" else train_set
+    torch.manual_seed(JUDGE_SEED)
+    net = resnet(*data.images.shape[1:3], cfg.judge_width)
+    net = nn.Sequential(net, nn.Linear(8 * cfg.judge_width, len(data.classes)))
+    embed, head = fit(net, data.images, data.labels, F.cross_entropy, cfg.judge_steps, cfg, JUDGE_SEED, device)
+    return SimpleNamespace(embed=embed, classify=lambda z: head.cpu()(z).argmax(1),
+                           real=moments(features_of(embed, train_set.images, device)))
 
 
-def train_judge(cfg, train_set, test_set, device):
-    """A judge trained apart from the method: on real images alone, with another seed, for shapes on other images."""
-    images = load_dataset("shapes", "judge", cfg.image_size) if cfg.dataset == "shapes" else train_set
-    judge = make_judge(learn_prototypes(images, cfg, device, seed=10_000), train_set, test_set, device)
-    progress(f"judge, a classifier trained apart: recognises {judge.accuracy:.1%} of real held-out images, at Frechet "
-             f"distance {judge.floor:.3f} from the training images", end=True)
-    return judge
+def judge_images(judge, images, labels, device):
+    """uint8 images, labels asked for -> accuracy of a judge on them, and Frechet distance to its training images.
+
+    The distance lies in the features of this one classifier: it is not FID, and compares only under the same judge.
+    """
+    z = features_of(judge.embed, images, device)
+    return {"accuracy": (judge.classify(z) == labels).float().mean().item(),
+            "frechet": frechet_distance(*moments(z), *judge.real)}
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -1266,14 +1292,13 @@ def draw_samples(path, images, labels, classes, title, columns=10):
 
 def draw_denoising(path, model, cfg, extra, device, columns=9):
     """denoising.png: an image of each of the first ten classes on its way from noise to sample, with t."""
-    trace, labels = [], torch.arange(min(10, len(extra["classes"])))
-    final = generate(model, cfg, rows_for(extra["frequency"], labels, cfg.seed), extra["shape"], device, trace)
-    trace = trace[:len(trace) // -(-len(labels) // cfg.sample_batch)]               # of the first batch
+    trace, classes = [], extra["classes"][:10]
+    rows = rows_for(extra["frequency"], torch.arange(len(classes)), cfg.seed)
+    final = generate(model, dataclasses.replace(cfg, sample_batch=10), rows, extra["shape"], device, trace)
     chosen = [trace[round(i * (len(trace) - 1) / (columns - 2))] for i in range(columns - 1)]
-    steps = torch.stack([*(to_uint8(x) for _, x in chosen), final[:len(trace[0][1])]], 1)
-    draw_grid(path, steps.flatten(0, 1), [extra["classes"][c] for c in labels[:len(steps)]],
-              f"from noise to sample in {cfg.sample_steps} {cfg.sampler} steps (t: noise level, of {cfg.timesteps})",
-              [*(f"t={t}" for t, _ in chosen), "sample"])
+    steps = torch.stack([*(to_uint8(x) for _, x in chosen), final], 1).flatten(0, 1)
+    draw_grid(path, steps, classes, f"from noise to sample in {cfg.sample_steps} {cfg.sampler} steps "
+              f"(t: noise level, of {cfg.timesteps})", [*(f"t={t}" for t, _ in chosen), "sample"])
 
 
 def draw_curves(path, rows):
@@ -1295,7 +1320,7 @@ def draw_prototypes(path, z, labels, prototypes, classes, accuracy):
     fig.colorbar(left.imshow(torch.cdist(flat, flat)), ax=left, label="distance")
     left.set_title("distance between prototypes: dark pairs look alike to the learner")
     mean, named = z.mean(0), len(flat) <= 40
-    plane = torch.linalg.svd(z - mean, full_matrices=False)[2][:2].T                # PCA: [D, 2]
+    plane = torch.linalg.eigh(moments(z)[1]).eigenvectors[:, -2:].flip(1).float()   # PCA: [D, 2]
     points, stars, colour = (z - mean) @ plane, (flat - mean) @ plane, [f"C{c % 10}" for c in range(len(classes))]
     right.scatter(*points.T, s=4, alpha=0.4, c=[colour[c] for c in labels])
     right.scatter(*stars.T, s=220, marker="*", edgecolor="black", c=[colour[c] for c in owner])
@@ -1311,14 +1336,15 @@ def draw_prototypes(path, z, labels, prototypes, classes, accuracy):
 
 
 def draw_comparison(path, histories, title):
-    """comparison.png: accuracy and Frechet distance of the samples, against steps and against seconds with stage 1."""
+    """comparison.png: accuracy and Frechet distance of samples against steps, and against seconds with stage 1."""
     fig = Figure(figsize=(11, 7.5), layout="constrained")
-    for i, (axes, x) in enumerate(zip(fig.subplots(2, 2).flat, ("step", "seconds") * 2)):
+    measures = (("accuracy", "samples recognised as their class", "linear"),
+                ("frechet", "Frechet distance (judge's features)", "log"))
+    clocks = (("step", "training step"), ("seconds", "seconds of training, with stage 1"))
+    for axes, ((y, name, scale), (x, clock)) in zip(fig.subplots(2, 2).flat, itertools.product(measures, clocks)):
         for variant, history in histories.items():
-            axes.plot([h[x] for h in history], [h[("accuracy", "frechet")[i // 2]] for h in history], ".-", label=variant)
-        axes.set(xlabel="training step" if x == "step" else "seconds of training, with stage 1",
-                 ylabel=("samples recognised as their class", "Frechet distance (judge's features)")[i // 2],
-                 yscale=("linear", "log")[i // 2])
+            axes.plot([h[x] for h in history], [h[y] for h in history], ".-", label=variant)
+        axes.set(xlabel=clock, ylabel=name, yscale=scale)
         axes.grid(alpha=0.3)
         axes.legend(title="prototypes")
     fig.suptitle(title)
@@ -1329,93 +1355,100 @@ def draw_comparison(path, histories, title):
 # 9  Main: train | sample | evaluate | compare
 # --------------------------------------------------------------------------------------------------------------------
 
-RUN_FILES = ("config.json", "log.csv", "checkpoint.pt", "metrics.json", "samples.png", "samples.npz", "denoising.png",
-             "prototypes.png", "curves.png", "comparison.png", "comparison.json")
-
-
 def new_folder(wanted):
-    """Make `wanted`, or its first neighbour wanted-2, wanted-3, ... that holds none of a run's files."""
+    """Make `wanted`, or its first neighbour wanted-2, wanted-3, ... that is empty: nothing is ever written over."""
     folder, number = Path(wanted), 1
-    while any((folder / name).exists() for name in RUN_FILES):
+    while folder.exists() and any(folder.iterdir()):
         number += 1
         folder = Path(f"{wanted}-{number}")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
-def write_json(path, content):
-    temporary = Path(f"{path}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
-
-
 def write_config(folder, cfg):
     """config.json: the settings, but for what to do and where."""
-    settings = dataclasses.asdict(cfg)
-    write_json(folder / "config.json", {k: v for k, v in settings.items() if k not in ("out", "resume", "sample", "evaluate")})
+    what = ("out", "resume", "sample", "evaluate")
+    save_safely({k: v for k, v in vars(cfg).items() if k not in what}, folder / "config.json")
 
 
 def machine(device):
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()} cores, {platform.machine()}, {device.type}"
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{os.cpu_count()} cores, {platform.machine()}, {device.type}"
 
 
 def load_sets(cfg):
-    """(images for the diffusion model, training set, test set); under torchrun the first process downloads alone."""
+    """(training set, test set); under torchrun the first process downloads alone. Stop if there are no labels."""
     if RANK > 0:
         dist.barrier()
     sets = [load_dataset(cfg.dataset, split, cfg.image_size, cfg.data_dir) for split in ("train", "test")]
-    sets.insert(0, sets[0] if cfg.train_split == "train" else load_dataset(cfg.dataset, cfg.train_split, cfg.image_size, cfg.data_dir))
     if RANK == 0 and WORLD > 1:
         dist.barrier()
     if sets[0].labels is None:
-        raise Stop(f"{cfg.data_dir} is a flat folder, and ProtoDiffusion needs classes: sort the images into train/<class>/*")
-    if sets[1].images.shape[1] != sets[2].images.shape[1]:
-        raise Stop(f"one of train and test in {cfg.data_dir} is grey throughout and the other is not: convert one of them")
+        raise Stop(f"{cfg.data_dir} is a flat folder, and ProtoDiffusion needs classes: use train/<class>/*")
+    if sets[0].images.shape[1] != sets[1].images.shape[1]:
+        raise Stop(f"one of train and test in {cfg.data_dir} is grey throughout, the other is not: convert one of them")
     return sets
 
 
+def load_learner(cfg, extra, device):
+    """The prototype learner of a run from its checkpoint's extra, in eval mode."""
+    learner = PrototypeLearner(extra["shape"][0], cfg.image_size, len(extra["classes"]), cfg.prototype_dim,
+                               cfg.prototypes_per_class, cfg.learner_width).to(device).eval().requires_grad_(False)
+    learner.load_state_dict(extra["learner"])
+    return learner
+
+
 def stage_one(cfg, sets, device, folder):
-    """Learn and report prototypes, make the class table -> extra: all a run must know beside the network's weights."""
-    diffusion_set, train_set, test_set = sets
-    C, K, rows = len(train_set.classes), cfg.prototypes_per_class, diffusion_set.labels
+    """Learn and report prototypes, make the class table -> extra: all a run must know beside the network's weights.
+
+    rows [N]: each training image's row of the table; frequency [C, K]: how often a class's prototypes are nearest.
+    """
+    train_set, test_set = sets
+    C, K, rows = len(train_set.classes), cfg.prototypes_per_class, train_set.labels
     extra = dict(shape=list(train_set.images.shape[1:]), classes=train_set.classes, seconds=0.0)
     if cfg.prototypes == "random":
         table = torch.randn(C, cfg.prototype_dim, generator=torch.Generator().manual_seed(seed_of(cfg.seed, 6)))
         return {**extra, "table": table, "rows": rows, "frequency": torch.ones(C, 1)}
     start = time.perf_counter()
-    learner = learn_prototypes(train_set, cfg, device, cfg.seed)
-    for tensor in learner.state_dict().values() if WORLD > 1 else ():               # GPUs may differ: the first one counts
+    learner = learn_prototypes(train_set, cfg, device)
+    for tensor in learner.state_dict().values() if WORLD > 1 else ():               # GPUs may differ: the first counts
         dist.broadcast(tensor, 0)
     prototypes = learner.prototypes.cpu()
     if K > 1:
-        _, nearest = nearest_prototypes(features_of(learner, diffusion_set.images, device), prototypes)
+        _, nearest = nearest_prototypes(features_of(learner, train_set.images, device), prototypes)
         rows = rows * K + nearest.gather(1, rows[:, None])[:, 0]
     counts = torch.bincount(rows, minlength=C * K).view(C, K).float()
     counts += counts.sum(1, keepdim=True) == 0                # a class without images: any of its prototypes
     extra["seconds"] = time.perf_counter() - start
     z = features_of(learner, test_set.images, device)
     accuracy = (nearest_prototypes(z, prototypes)[0] == test_set.labels).float().mean().item()
-    norms, apart = prototypes.flatten(0, 1).norm(dim=1), F.pdist(prototypes.flatten(0, 1)) if C * K > 1 else torch.zeros(1)
-    progress(f"stage 1: {extra['seconds']:.0f} s, classifies {accuracy:.1%} of {len(z)} held-out images; prototypes of norm "
-             f"{norms.min():.2f} to {norms.max():.2f}, {apart.min():.2f} to {apart.max():.2f} apart", end=True)
+    flat = prototypes.flatten(0, 1)
+    norms, apart = flat.norm(dim=1), F.pdist(flat) if len(flat) > 1 else torch.zeros(1)
+    progress(f"stage 1: {extra['seconds']:.0f} s, classifies {accuracy:.1%} of {len(z)} held-out images; prototypes of "
+             f"norm {norms.min():.2f} to {norms.max():.2f}, {apart.min():.2f} to {apart.max():.2f} apart", end=True)
     if RANK == 0:
-        draw_prototypes(folder / "prototypes.png", z[:3000], test_set.labels[:3000], prototypes, train_set.classes, accuracy)
-    return {**extra, "table": class_table(prototypes, cfg.scale), "rows": rows, "frequency": counts / counts.sum(1, keepdim=True),
-            "learner": learner.state_dict(), "report": dict(accuracy=accuracy, norms=norms.tolist(), nearest=apart.min().item())}
+        labels = test_set.labels[:3000]
+        draw_prototypes(folder / "prototypes.png", z[:3000], labels, prototypes, train_set.classes, accuracy)
+    report = dict(accuracy=accuracy, norms=norms.tolist(), nearest=apart.min().item())
+    return {**extra, "table": class_table(prototypes, cfg.scale), "rows": rows, "learner": learner.state_dict(),
+            "frequency": counts / counts.sum(1, keepdim=True), "report": report}
 
 
 def train_run(cfg, folder, sets, device, extra=None, on_eval=None):
-    """Both stages (`extra`: stage 1 is done) in `folder`, on from its checkpoint if there is one -> model, extra, seconds."""
+    """Both stages (`extra`: stage 1 is done) in `folder`, on from its checkpoint if any -> model, extra, log."""
     if (folder / "checkpoint.pt").exists():
         extra = load_checkpoint(folder / "checkpoint.pt")["extra"]
+        if not sets[0].labels.equal(extra["rows"] // extra["frequency"].shape[1]):
+            raise Stop(f"the training images of {folder} have changed since it began: restore them, or start a new run")
     extra = extra or stage_one(cfg, sets, device, folder)
     torch.manual_seed(cfg.seed)                               # the same network start whatever the prototypes
-    model = cfg.build(extra)
-    loss_fn, on_eval = functools.partial(protodiffusion_loss, cfg), on_eval and functools.partial(on_eval, extra)
-    model, seconds = train(cfg, model, sets[0].images, extra["rows"], loss_fn, folder, extra, device, on_eval)
-    if RANK == 0:
-        draw_curves(folder / "curves.png", read_rows(folder / "log.csv"))
-    return model, extra, {"stage 1": round(extra["seconds"], 1), "training": round(seconds, 1)}
+    model, loss_fn = cfg.build(extra), functools.partial(protodiffusion_loss, cfg)
+    on_eval = on_eval and functools.partial(on_eval, cfg, extra)
+    model, log = train(cfg, model, sets[0].images, extra["rows"], loss_fn, folder, extra, device, on_eval)
+    if RANK == 0 and log["rows"]:
+        draw_curves(folder / "curves.png", log["rows"])
+    return model, extra, log
 
 
 def evaluation_labels(labels, n):
@@ -1424,57 +1457,56 @@ def evaluation_labels(labels, n):
 
 
 def sample_labels(text, classes, n):
-    """n labels, taking turns: of "0,3" or "circle,star", of all classes if empty. Stop for one that does not exist."""
+    """n labels, taking turns: of "0,3" or "circle,star", of all classes if empty. Stop for one that is none."""
     words = [word.strip() for word in text.split(",")] if text else classes
     numbers = [classes.index(word) if word in classes else int(word) if word.isdecimal() else -1 for word in words]
     for word, number in zip(words, numbers):
         if not 0 <= number < len(classes):
-            raise Stop(f"--labels {word} is no class: give 0 to {len(classes) - 1}, or names: {', '.join(classes[:20])}")
+            raise Stop(f"--labels {word} is no class: give 0 to {len(classes) - 1}, or of {', '.join(classes[:20])}")
     return torch.tensor(numbers)[torch.arange(n) % len(numbers)]
 
 
-def save_samples(folder, images, labels, classes, title):
-    """samples.png, and samples.npz as the guided-diffusion evaluator reads it: arr_0 uint8 [N, H, W, C], arr_1 labels."""
-    np.savez(folder / "samples.npz", images.permute(0, 2, 3, 1).numpy(), labels.numpy())
-    draw_samples(folder / "samples.png", images, labels, classes, title)
-
-
 def sample_run(cfg, model, extra, labels, folder, device):
-    """Samples for class labels [N], saved and drawn in `folder` -> uint8 [N, C, H, W]."""
+    """Samples for class labels [N] -> uint8 [N, C, H, W], drawn in samples.png (a row a class), kept in samples.npz.
+
+    samples.npz is what the guided-diffusion evaluator reads: arr_0 uint8 [N, H, W, C], arr_1 labels.
+    """
     images = generate(model, cfg, rows_for(extra["frequency"], labels, cfg.seed), extra["shape"], device)
-    save_samples(folder, images, labels, extra["classes"], f"{cfg.dataset}, {cfg.prototypes} prototypes, {cfg.steps} steps; "
-                 f"guidance {cfg.guidance}, {cfg.sample_steps} {cfg.sampler} steps, seed {cfg.seed}")
+    save_safely(dict(arr_0=images.permute(0, 2, 3, 1).numpy(), arr_1=labels.numpy()), folder / "samples.npz")
+    draw_samples(folder / "samples.png", images, labels, extra["classes"],
+                 f"{cfg.dataset}, {cfg.prototypes} prototypes, {cfg.steps} steps; guidance {cfg.guidance}, "
+                 f"{cfg.sample_steps} {cfg.sampler} steps, seed {cfg.seed}")
     return images
 
 
-def measure(cfg, model, extra, seconds, sets, folder, device):
+def measure(cfg, model, extra, log, sets, folder, device):
     """Samples, metrics and pictures of a trained model in `folder`."""
-    judges = {"judge": train_judge(cfg, *sets[1:], device)}
-    if "learner" in extra:
-        learner = PrototypeLearner(extra["shape"][0], extra["shape"][-1], len(extra["classes"]), cfg.prototype_dim,
-                                   cfg.prototypes_per_class, cfg.learner_width).to(device).eval()
-        learner.load_state_dict(extra["learner"])
-        judges["learner"] = make_judge(learner.requires_grad_(False), *sets[1:], device)
     start, labels = time.perf_counter(), evaluation_labels(sets[0].labels, cfg.num_samples)
     samples = sample_run(cfg, model, extra, labels, folder, device)
-    seconds = {**seconds, "sampling": round(time.perf_counter() - start, 1)}
+    seconds = {"stage 1": extra["seconds"], "training": log["seconds"], "sampling": time.perf_counter() - start}
     draw_denoising(folder / "denoising.png", model, cfg, extra, device)
-    results = {}
-    for name, judge in judges.items():
-        found = judge_samples(judge, samples, labels, device)
-        results |= {f"{name}: samples recognised": found["accuracy"], f"{name}: real held-out images recognised": judge.accuracy,
-                    f"{name}: Frechet distance, samples (not FID)": found["frechet"],
-                    f"{name}: Frechet distance, real held-out images": judge.floor}
-    results |= inception_metrics(cfg, samples, sets[0].images, device)
-    about = {k: getattr(cfg, k) for k in ("dataset", "prototypes", "scale", "steps", "batch_size", "seed", "num_samples",
-                                          "guidance", "sampler", "sample_steps")}
-    about |= dict(training_images=len(sets[0].images), parameters=sum(p.numel() for p in model.parameters()),
-                  machine=machine(device), torch=torch.__version__, prototype_learner=extra.get("report"))
-    write_json(folder / "metrics.json", {**about, "seconds": seconds, "results": results})
-    print(f"{cfg.num_samples} samples, guidance {cfg.guidance}, {cfg.sample_steps} {cfg.sampler} steps, seed {cfg.seed}; "
-          f"seconds: {', '.join(f'{k} {v:.0f}' for k, v in seconds.items())} ({about['machine']})")
-    for name, value in results.items():
-        print(f"  {name:48} {value:.4f}")
+    judges = {"a classifier trained apart": train_judge(cfg, sets[0], device)}
+    if "learner" in extra:
+        learner = load_learner(cfg, extra, device)
+        judges["the run's own prototype learner"] = SimpleNamespace(
+            embed=learner, classify=lambda z: nearest_prototypes(z, learner.prototypes.cpu())[0],
+            real=moments(features_of(learner, sets[0].images, device)))
+    results = {name: {"samples": judge_images(judge, samples, labels, device),
+                      "real held-out images": judge_images(judge, sets[1].images, sets[1].labels, device)}
+               for name, judge in judges.items()}
+    about = dict(settings=vars(cfg), training_images=len(sets[0].images), machine=machine(device),
+                 torch=torch.__version__, parameters=sum(p.numel() for p in model.parameters()))
+    print(f"{cfg.num_samples} samples, guidance {cfg.guidance}, {cfg.sample_steps} {cfg.sampler} steps, seed "
+          f"{cfg.seed}; seconds: {', '.join(f'{k} {v:.0f}' for k, v in seconds.items())} ({about['machine']})")
+    for name, found in results.items():
+        print(f"{name}:")
+        for kind, value in found.items():
+            print(f"  {kind:22} {value['accuracy']:7.1%} recognised, Frechet distance {value['frechet']:.4f} (not FID)")
+    results["inception"] = inception_metrics(cfg, samples, sets[0].images, device)
+    for name, value in results["inception"].items():
+        print(f"{name}: {value:.4f}")
+    about |= {"stage 1": extra.get("report"), "seconds": seconds, "results": results}
+    save_safely(about, folder / "metrics.json")
 
 
 SWEEP = (0.0, 0.5, 1.0, 1.8, 3.0)       # guidance weights that --compare also measures the trained models at
@@ -1487,64 +1519,72 @@ def first_as_good(history, key, value):
 
 def compare(cfg, sets, folder, device):
     """random, frozen, unfrozen: one seed, data order, network start and budget -> comparison.json, .png and a table."""
-    result, learned = {}, None
-    judge, labels = train_judge(cfg, *sets[1:], device), evaluation_labels(sets[0].labels, cfg.num_samples)
+    judge, labels = train_judge(cfg, sets[0], device), evaluation_labels(sets[0].labels, cfg.num_samples)
+    variants, learned = {}, None
 
-    def quality(cfg, model, extra):
+    def quality(cfg, extra, model):
         samples = generate(model, cfg, rows_for(extra["frequency"], labels, cfg.seed), extra["shape"], device)
-        return judge_samples(judge, samples, labels, device)
+        found = judge_images(judge, samples, labels, device)
+        progress(f"guidance {cfg.guidance:g}: {found['accuracy']:.1%} recognised, Frechet distance "
+                 f"{found['frechet']:.3f}", end=True)
+        return found
     for variant in ("random", "frozen", "unfrozen"):
         one, part = dataclasses.replace(cfg, prototypes=variant, compare=False), folder / variant
         progress(f"--- {variant} prototypes", end=True)
         part.mkdir(exist_ok=True)
         write_config(part, one)
-        read_rows(part / "quality.csv", load_checkpoint(part / "checkpoint.pt")["step"] if (part / "checkpoint.pt").exists() else 0)
+        model, extra, log = train_run(one, part, sets, device, learned, quality)
+        learned = extra if "learner" in extra else None       # by frozen, for unfrozen too; both pay for stage 1
+        history = [{**row, "seconds": row["seconds"] + extra["seconds"]} for row in log["evals"]]
+        sweep = {w: quality(dataclasses.replace(one, guidance=w), extra, model) for w in SWEEP}
+        variants[variant] = {"stage 1 seconds": extra["seconds"], "history": history, "guidance": sweep}
+    base = variants["random"]["history"]
+    for v in variants.values():                               # steps of the baseline's best / steps to reach it
+        for key, best in (("accuracy", max), ("frechet", min)):
+            target = best(h[key] for h in base)
+            reached = first_as_good(v["history"], key, target)
+            v[f"speed-up by {key}"] = reached and first_as_good(base, key, target) / reached
+    title = (f"{cfg.dataset}, seed {cfg.seed}, {cfg.steps} steps of {cfg.batch_size}, {cfg.num_samples} samples, "
+             f"guidance {cfg.guidance}, prototypes at scale {cfg.scale}")
+    held_out = judge_images(judge, sets[1].images, sets[1].labels, device)
+    save_safely({"settings": vars(cfg), "machine": machine(device), "torch": torch.__version__,
+                 "real held-out images": held_out, "variants": variants}, folder / "comparison.json")
+    draw_comparison(folder / "comparison.png", {name: v["history"] for name, v in variants.items()}, title)
+    print_comparison(title, variants, held_out)
 
-        def on_eval(extra, step, seconds, model):
-            row = {"step": step, "seconds": round(seconds + extra["seconds"], 2), **quality(one, model, extra)}
-            append_row(part / "quality.csv", row)
-            progress(f"step {step}: {row['accuracy']:.1%} recognised, Frechet distance {row['frechet']:.3f}", end=True)
-        model, extra, _ = train_run(one, part, sets, device, learned, on_eval)
-        learned = extra if "learner" in extra else None       # frozen and unfrozen share stage 1, and both pay for it
-        result[variant] = dict(stage_1_seconds=extra["seconds"], history=read_rows(part / "quality.csv"),
-                               guidance={w: quality(dataclasses.replace(one, guidance=w), model, extra) for w in SWEEP})
-    base = result["random"]["history"]
-    for key, best in (("accuracy", max), ("frechet", min)):
-        target = best(h[key] for h in base)
-        for r in result.values():
-            reached = first_as_good(r["history"], key, target)
-            r[f"speed-up by {key}"] = reached and first_as_good(base, key, target) / reached
-    title = f"{cfg.dataset}, seed {cfg.seed}, {cfg.num_samples} samples, guidance {cfg.guidance}, prototypes at scale {cfg.scale}"
-    write_json(folder / "comparison.json", {**dataclasses.asdict(cfg), "machine": machine(device), "torch": torch.__version__,
-               "real images": {"accuracy": judge.accuracy, "frechet": judge.floor}, "variants": result})
-    draw_comparison(folder / "comparison.png", {v: r["history"] for v, r in result.items()}, title)
-    print(f"\n{title}, {cfg.steps} steps of {cfg.batch_size}; speed-up: steps of the baseline's best / steps to reach it\n"
-          f"{'prototypes':12}{'stage 1':>9}{'recognised':>12}{'speed-up':>10}{'Frechet':>9}{'speed-up':>10}   at guidance"
-          + "".join(f"{w:>16g}" for w in SWEEP))
-    for variant, r in result.items():
-        last, ups = r["history"][-1], [f"{r[f'speed-up by {k}'] or math.nan:.2f}" for k in ("accuracy", "frechet")]
-        print(f"{variant:12}{r['stage_1_seconds']:>8.0f}s{last['accuracy']:>12.1%}{ups[0]:>10}{last['frechet']:>9.3f}{ups[1]:>10}"
-              f"{'':14}" + "".join(f"{q['accuracy']:>8.1%} / {q['frechet']:.2f}" for q in r["guidance"].values()))
-    print(f"{'real images':21}{judge.accuracy:>12.1%}{judge.floor:>19.3f}")
+
+def print_comparison(title, variants, held_out):
+    """The table of --compare. Speed-up: steps that the baseline needs for its best / steps to reach that."""
+    row = "{:14}{:>9}{:>12}{:>10}{:>9}{:>10}   {}".format
+    guidance = "".join(f"{f'at guidance {w:g}':>17}" for w in SWEEP)
+    print(f"\n{title}\n" + row("prototypes", "stage 1", "recognised", "speed-up", "Frechet", "speed-up", guidance))
+    for name, v in variants.items():
+        last, ups = v["history"][-1], [v[f"speed-up by {key}"] or math.nan for key in ("accuracy", "frechet")]
+        guidance = "".join(f"{q['accuracy']:>9.1%} / {q['frechet']:.3f}" for q in v["guidance"].values())
+        print(row(name, f"{v['stage 1 seconds']:.0f} s", f"{last['accuracy']:.1%}", f"{ups[0]:.2f}",
+                  f"{last['frechet']:.3f}", f"{ups[1]:.2f}", guidance))
+    print(row("real images", "", f"{held_out['accuracy']:.1%}", "", f"{held_out['frechet']:.3f}", "", ""))
 
 
 def run(cfg):
     """Do what the settings ask for."""
     device = find_device(cfg.device)
     choose_backends(device)
-    if cfg.sample or cfg.evaluate:
-        source = load_run(cfg.sample or cfg.evaluate, cfg.device)
-        labels = sample_labels(cfg.labels, source.extra["classes"], cfg.num_samples)
-        folder = new_folder(cfg.out or Path(cfg.sample or cfg.evaluate, "samples" if cfg.sample else "evaluation"))
+    earlier = cfg.sample or cfg.evaluate
+    if earlier:
+        made = load_run(earlier, cfg.device)
+        cfg.steps = made.step                                 # so far
+        labels = sample_labels(cfg.labels, made.extra["classes"], cfg.num_samples)
+        folder = new_folder(cfg.out or Path(earlier, "samples" if cfg.sample else "evaluation"))
         if cfg.sample:
-            sample_run(cfg, source.model, source.extra, labels, folder, device)
+            sample_run(cfg, made.model, made.extra, labels, folder, device)
         else:
-            seconds = {"stage 1": round(source.extra["seconds"], 1), "training": round(source.seconds, 1)}
-            measure(cfg, source.model, source.extra, seconds, load_sets(cfg), folder, device)
+            measure(cfg, made.model, made.extra, made.log, load_sets(cfg), folder, device)
         return progress(f"{cfg.num_samples} samples in {folder}", end=True)
     if WORLD > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    sets = load_sets(cfg)                                     # what is wrong with the data shows before a folder is made
+        patience = datetime.timedelta(hours=2)                # the others wait while the first downloads and decodes
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
+    sets = load_sets(cfg)                                     # faults of the data show before a folder is made
     if RANK == 0:
         cfg.out = cfg.resume or str(new_folder(cfg.out or f"runs/{SCRIPT}-{cfg.dataset}" + "-compare" * cfg.compare))
         write_config(Path(cfg.out), cfg)
@@ -1567,24 +1607,26 @@ def run(cfg):
 
 def main(argv=None):
     """The command line. Returns the exit status: 0; 2 for what one sentence explains; 130 after Ctrl-C."""
-    cfg = Config()
+    cfg = None
     try:
         cfg = parse_config(argv)
         run(cfg)
         return 0
     except KeyboardInterrupt:
-        training = cfg.out and not (cfg.sample or cfg.evaluate)
-        print("\ninterrupted" + f"; go on with: python {SCRIPT}.py --resume {shlex.quote(cfg.out)}" * bool(training), file=sys.stderr)
+        training = cfg and cfg.out and Path(cfg.out, "config.json").exists()
+        advice = f'; go on with: python {SCRIPT}.py --resume "{cfg.out}"' if training else ""
+        print(f"\ninterrupted{advice}", file=sys.stderr)
         return 130
     except Stop as error:
         print(f"\n{SCRIPT}: {error}", file=sys.stderr)
     except OSError as error:
-        print(f"\n{SCRIPT}: {error.filename or 'a file'} cannot be read or written ({error.strerror or error}): check the name, "
-              "the permissions and the space that is left, or choose another --out", file=sys.stderr)
+        print(f"\n{SCRIPT}: {error.filename or 'a file'} cannot be read or written ({error.strerror or error}): check "
+              "the name, the permissions and the space that is left, or choose another --out", file=sys.stderr)
     except (RuntimeError, MemoryError) as error:
-        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "memory" not in str(error):
+        said = ("out of memory", "not enough memory", "allocate memory")            # CUDA and MPS; CPUs
+        if not isinstance(error, MemoryError) and not any(words in str(error) for words in said):
             raise
-        print(f"\n{SCRIPT}: memory ran out: lower --batch-size or --sample-batch, or raise --accumulate", file=sys.stderr)
+        print(f"\n{SCRIPT}: memory ran out: lower --batch-size, --sample-batch or raise --accumulate", file=sys.stderr)
     return 2
 
 

@@ -226,13 +226,6 @@ def test_cifar10_is_read_with_its_channels_rows_and_labels_in_place(tmp_path, an
     assert (train.images[:, 1] == 200).all() and train.images[0, 2, 0, 31] == 255 and train.images[0, 2].sum() == 255
 
 
-def test_train_and_test_are_joined_in_order(tmp_path, any_checksum):
-    write_cifar10(tmp_path)
-    both = pd.load_dataset("cifar10", "train+test", 32, tmp_path)
-    assert both.images.shape == (12, 3, 32, 32) and both.labels.tolist() == [0, 9, 1, 9, 2, 9, 3, 9, 4, 9, 5, 9]
-    assert both.images[-2, 0, 5, 5] == 50 and len(both.classes) == 10
-
-
 def test_stl10_is_read_upright_and_scaled(tmp_path, any_checksum):
     folder = tmp_path / "stl10_binary"
     folder.mkdir()
@@ -388,12 +381,6 @@ def test_a_folder_without_test_holds_out_a_tenth_always_the_same(tmp_path, parts
     assert pd.load_dataset("folder", "test", 8, tmp_path).images.equal(test.images)
 
 
-def test_a_flat_folder_can_be_joined_without_labels(tmp_path):
-    make_folder(tmp_path, [""], each=10)
-    both = pd.load_dataset("folder", "train+test", 8, tmp_path)
-    assert both.images.shape == (10, 3, 8, 8) and both.labels is None
-
-
 def test_images_in_subfolders_belong_to_the_class_at_the_top(tmp_path):
     make_folder(tmp_path, ["train/cat/indoors/old", "train/cat", "train/dog", "test/dog/new"], each=2)
     train = pd.load_dataset("folder", "train", 8, tmp_path)
@@ -408,6 +395,19 @@ def test_hidden_files_and_other_files_are_no_images(tmp_path):
     (tmp_path / "train" / ".DS_Store").write_bytes(b"\x00")
     train, test = (pd.load_dataset("folder", split, 8, tmp_path) for split in ("train", "test"))
     assert len(train.images) + len(test.images) == 4 and train.classes == ["cat", "dog"]
+
+
+def test_a_stray_image_beside_classes_is_named(tmp_path):
+    make_folder(tmp_path, ["train/cat", "train/dog"], each=2)
+    save_image(tmp_path / "train" / "stray.png", COLOURS[0])
+    with pytest.raises(pd.Stop, match="stray.png"):
+        pd.load_dataset("folder", "train", 8, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["shapes", "cifar10"])
+def test_a_split_that_does_not_exist_is_refused(tmp_path, name):
+    with pytest.raises(pd.Stop, match="split 'valid'"):
+        pd.load_dataset(name, "valid", 16, tmp_path)
 
 
 def test_a_folder_below_a_hidden_one_is_read(tmp_path):

@@ -377,16 +377,14 @@ def test_learning_rate_rises_to_its_peak_and_falls_to_nothing():
     assert pd.learning_rate(99, pd.Config(steps=100, warmup=1.0, lr=0.02)) == 0.02
 
 
-def test_batch_index_makes_every_epoch_a_permutation_across_batches():
-    order = torch.cat([pd.batch_index(step, 4, 10, 7, CPU) for step in range(10)])         # 4 does not divide 10
-    epochs = order.view(4, 10)
-    assert (epochs.sort(1).values == torch.arange(10)).all(), "batch_index: every image once an epoch"
-    assert len({tuple(e.tolist()) for e in epochs}) == 4, "every epoch has an order of its own"
-    assert not torch.equal(order, torch.cat([pd.batch_index(step, 4, 10, 8, CPU) for step in range(10)]))
-    for step in (9, 2, 6):                                    # a resumed run starts anywhere
-        pd.epoch_order.cache_clear()
-        assert pd.batch_index(step, 4, 10, 7, CPU).equal(order[4 * step:4 * step + 4])
-    assert pd.batch_index(0, 40, 10, 7, CPU).equal(order), "batches larger than the data cross several epochs"
+def test_random_index_is_uniform_and_follows_from_its_key_alone():
+    images = torch.zeros(10, 1)
+    index = pd.random_index(images, 20_000, 7, 3, 0)
+    assert ((torch.bincount(index, minlength=10) - 2000).abs() < 5 * 2000 ** 0.5).all(), "every image as often"
+    torch.manual_seed(1)                                      # a resumed run starts anywhere, after anything
+    assert pd.random_index(images, 20_000, 7, 3, 0).equal(index)
+    for key in ((7, 3, 1), (8, 3, 0)):
+        assert not pd.random_index(images, 20_000, *key).equal(index), "another step or seed draws others"
 
 
 # ---- prototypes -------------------------------------------------------------------------------------------------
@@ -508,7 +506,7 @@ def test_learner_learns_two_easy_classes():
     data = pd.Dataset(images, labels, ["red", "blue"])
     cfg = pd.Config(prototype_dim=4, prototypes_per_class=2, learner_steps=40, learner_width=8, imagenet=False,
                     mirror=True, amp="off", log_every=1000)
-    learner = pd.learn_prototypes(data, cfg, CPU, seed=0)
+    learner = pd.learn_prototypes(data, cfg, CPU)
     assert not learner.training and not any(p.requires_grad for p in learner.parameters())
     classes, _ = pd.nearest_prototypes(pd.features_of(learner, images, CPU), learner.prototypes)
     accuracy = (classes == labels).float().mean().item()
@@ -574,7 +572,8 @@ def test_frozen_tables_stay_and_others_train(prototypes):
     assert len(grouped) == len(wanted) and {id(p) for p in grouped} == {id(p) for p in wanted}, "every weight once"
     if prototypes != "frozen":
         assert groups[1]["params"][0] is model.table.weight
-        assert (groups[1]["factor"], groups[1]["start"]) == (0.25, 30)
+        wanted = (0.25, 30) if prototypes == "unfrozen" else (1.0, 0)                    # the baseline trains as always
+        assert (groups[1]["factor"], groups[1]["start"]) == wanted
     optimizer = torch.optim.AdamW(groups, lr=0.1, weight_decay=0.1)
     for _ in range(2):
         x, t = model_inputs(3)
@@ -597,7 +596,7 @@ def test_unfrozen_prototypes_move_from_the_asked_step_on(tmp_path, prototypes, m
     awake(model.unet)
     images = torch.randint(256, (16, 3, 8, 8), generator=seeded(1)).to(torch.uint8)
     pd.train(cfg, model, images, torch.arange(16) % 2, lambda *a: pd.protodiffusion_loss(cfg, *a), tmp_path, {}, CPU,
-             lambda step, seconds, average: tables.append(average.table.weight.clone()))
+             lambda average: tables.append(average.table.weight.clone()) or {})
     moved = [step for step, (a, b) in enumerate(itertools.pairwise([table, *tables]), 1) if not a.equal(b)]
     assert moved == moves_at, "train: a group's rate is zero before its start"
 
@@ -658,6 +657,18 @@ def test_frechet_distance_is_zero_for_equals_even_if_rank_deficient(rank):
     assert abs(pd.frechet_distance(mu, sigma, mu, sigma)) < 1e-5
     other = pd.frechet_distance(mu, sigma, mu, torch.zeros(4, 4, dtype=torch.float64))
     assert other == pytest.approx(sigma.trace().item()), "a point: the trace remains"
+
+
+def test_judge_images_counts_what_is_recognised_and_measures_from_the_real_moments():
+    images = torch.zeros(4, 3, 2, 2, dtype=torch.uint8)
+    for i, channel in enumerate((0, 0, 1, 1)):
+        images[i, channel] = 255
+    judge = SimpleNamespace(embed=lambda x: x.mean((2, 3)), classify=lambda z: z.argmax(1),        # in [-1, 1]
+                            real=(torch.full((3,), -1.0).double(), torch.zeros(3, 3).double()))
+    found = pd.judge_images(judge, images, torch.tensor([0, 1, 1, 1]), CPU)
+    assert found["accuracy"] == 0.75
+    # means (0, 0, -1): squared distance 2 to the real mean; variances (4/3, 4/3, 0) against none
+    assert close(found["frechet"], 2 + 8 / 3, 1e-5)
 
 
 def test_inception_score_of_known_predictions():
