@@ -1290,24 +1290,24 @@ def draw_samples(path, images, labels, classes, title, columns=10):
     draw_grid(path, torch.cat(rows), [classes[c] for c in present], title)
 
 
-def draw_denoising(path, model, cfg, extra, device, columns=9):
-    """denoising.png: an image of each of the first ten classes on its way from noise to sample, with t."""
-    trace, classes = [], extra["classes"][:10]
-    rows = rows_for(extra["frequency"], torch.arange(len(classes)), cfg.seed)
-    final = generate(model, dataclasses.replace(cfg, sample_batch=10), rows, extra["shape"], device, trace)
+def draw_denoising(path, model, cfg, conditions, names, shape, device, columns=9):
+    """denoising.png: one image for each condition [N], with its name, on its way from noise to sample, with t."""
+    trace, one_batch = [], dataclasses.replace(cfg, sample_batch=len(conditions))
+    final = generate(model, one_batch, conditions, shape, device, trace)
     chosen = [trace[round(i * (len(trace) - 1) / (columns - 2))] for i in range(columns - 1)]
     steps = torch.stack([*(to_uint8(x) for _, x in chosen), final], 1).flatten(0, 1)
-    draw_grid(path, steps, classes, f"from noise to sample in {cfg.sample_steps} {cfg.sampler} steps "
+    draw_grid(path, steps, names, f"from noise to sample in {cfg.sample_steps} {cfg.sampler} steps "
               f"(t: noise level, of {cfg.timesteps})", [*(f"t={t}" for t, _ in chosen), "sample"])
 
 
 def draw_curves(path, rows):
-    """curves.png: each loss, the learning rate and the speed against the step, from the rows of log.csv."""
-    names = [name for name in rows[0] if name not in ("step", "seconds", "skipped steps")]
-    fig = Figure(figsize=(4.5 * len(names), 3.5), layout="constrained")
-    for axes, name in zip(fig.subplots(1, len(names)), names):
+    """curves.png: every column of log.csv against the step."""
+    names = [name for name in rows[0] if name not in ("step", "seconds")]
+    columns = min(4, len(names))
+    fig = Figure(figsize=(4 * columns, 3 * -(-len(names) // columns)), layout="constrained")
+    for axes, name in zip(fig.subplots(-(-len(names) // columns), columns, squeeze=False).flat, names):
         axes.plot([row["step"] for row in rows], [row[name] for row in rows])
-        axes.set(title=name, xlabel="step", yscale="log" if "loss" in name else "linear")
+        axes.set(title=name, xlabel="step", yscale="log" if name == "loss" else "linear")
         axes.grid(alpha=0.3)
     fig.savefig(path, dpi=110)
 
@@ -1335,18 +1335,17 @@ def draw_prototypes(path, z, labels, prototypes, classes, accuracy):
     fig.savefig(path, dpi=110)
 
 
-def draw_comparison(path, histories, title):
-    """comparison.png: accuracy and Frechet distance of samples against steps, and against seconds with stage 1."""
-    fig = Figure(figsize=(11, 7.5), layout="constrained")
-    measures = (("accuracy", "samples recognised as their class", "linear"),
-                ("frechet", "Frechet distance (judge's features)", "log"))
-    clocks = (("step", "training step"), ("seconds", "seconds of training, with stage 1"))
-    for axes, ((y, name, scale), (x, clock)) in zip(fig.subplots(2, 2).flat, itertools.product(measures, clocks)):
+def draw_comparison(path, histories, measures, title):
+    """comparison.png: measures, {key: (name, scale)}, of each variant's samples against steps and against seconds."""
+    clocks = (("step", "training step"), ("seconds", "seconds of training, with stage 1 where there is one"))
+    fig = Figure(figsize=(11, 3.75 * len(measures)), layout="constrained")
+    panels = fig.subplots(len(measures), 2, squeeze=False).flat
+    for axes, ((key, (name, scale)), (x, clock)) in zip(panels, itertools.product(measures.items(), clocks)):
         for variant, history in histories.items():
-            axes.plot([h[x] for h in history], [h[y] for h in history], ".-", label=variant)
+            axes.plot([h[x] for h in history if key in h], [h[key] for h in history if key in h], ".-", label=variant)
         axes.set(xlabel=clock, ylabel=name, yscale=scale)
         axes.grid(alpha=0.3)
-        axes.legend(title="prototypes")
+        axes.legend()
     fig.suptitle(title)
     fig.savefig(path, dpi=110)
 
@@ -1377,15 +1376,15 @@ def machine(device):
     return f"{os.cpu_count()} cores, {platform.machine()}, {device.type}"
 
 
-def load_sets(cfg):
-    """(training set, test set); under torchrun the first process downloads alone. Stop if there are no labels."""
+def load_sets(cfg, labelled):
+    """(training set, test set); under torchrun the first process downloads alone. labelled: Stop without labels."""
     if RANK > 0:
         dist.barrier()
     sets = [load_dataset(cfg.dataset, split, cfg.image_size, cfg.data_dir) for split in ("train", "test")]
     if RANK == 0 and WORLD > 1:
         dist.barrier()
-    if sets[0].labels is None:
-        raise Stop(f"{cfg.data_dir} is a flat folder, and ProtoDiffusion needs classes: use train/<class>/*")
+    if labelled and sets[0].labels is None:
+        raise Stop(f"{cfg.data_dir} is a flat folder, and what you ask for needs classes: use train/<class>/*")
     if sets[0].images.shape[1] != sets[1].images.shape[1]:
         raise Stop(f"one of train and test in {cfg.data_dir} is grey throughout, the other is not: convert one of them")
     return sets
@@ -1484,7 +1483,9 @@ def measure(cfg, model, extra, log, sets, folder, device):
     start, labels = time.perf_counter(), evaluation_labels(sets[0].labels, cfg.num_samples)
     samples = sample_run(cfg, model, extra, labels, folder, device)
     seconds = {"stage 1": extra["seconds"], "training": log["seconds"], "sampling": time.perf_counter() - start}
-    draw_denoising(folder / "denoising.png", model, cfg, extra, device)
+    names = extra["classes"][:10]
+    rows = rows_for(extra["frequency"], torch.arange(len(names)), cfg.seed)
+    draw_denoising(folder / "denoising.png", model, cfg, rows, names, extra["shape"], device)
     judges = {"a classifier trained apart": train_judge(cfg, sets[0], device)}
     if "learner" in extra:
         learner = load_learner(cfg, extra, device)
@@ -1510,6 +1511,8 @@ def measure(cfg, model, extra, log, sets, folder, device):
 
 
 SWEEP = (0.0, 0.5, 1.0, 1.8, 3.0)       # guidance weights that --compare also measures the trained models at
+MEASURES = {"accuracy": ("samples recognised as their class", "linear"),
+            "frechet": ("Frechet distance, judge's features (not FID)", "log")}
 
 
 def first_as_good(history, key, value):
@@ -1549,7 +1552,7 @@ def compare(cfg, sets, folder, device):
     held_out = judge_images(judge, sets[1].images, sets[1].labels, device)
     save_safely({"settings": vars(cfg), "machine": machine(device), "torch": torch.__version__,
                  "real held-out images": held_out, "variants": variants}, folder / "comparison.json")
-    draw_comparison(folder / "comparison.png", {name: v["history"] for name, v in variants.items()}, title)
+    draw_comparison(folder / "comparison.png", {name: v["history"] for name, v in variants.items()}, MEASURES, title)
     print_comparison(title, variants, held_out)
 
 
@@ -1579,12 +1582,12 @@ def run(cfg):
         if cfg.sample:
             sample_run(cfg, made.model, made.extra, labels, folder, device)
         else:
-            measure(cfg, made.model, made.extra, made.log, load_sets(cfg), folder, device)
+            measure(cfg, made.model, made.extra, made.log, load_sets(cfg, labelled=True), folder, device)
         return progress(f"{cfg.num_samples} samples in {folder}", end=True)
     if WORLD > 1:
         patience = datetime.timedelta(hours=2)                # the others wait while the first downloads and decodes
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
-    sets = load_sets(cfg)                                     # faults of the data show before a folder is made
+    sets = load_sets(cfg, labelled=True)                      # faults of the data show before a folder is made
     if RANK == 0:
         cfg.out = cfg.resume or str(new_folder(cfg.out or f"runs/{SCRIPT}-{cfg.dataset}" + "-compare" * cfg.compare))
         write_config(Path(cfg.out), cfg)
