@@ -1366,7 +1366,7 @@ def new_folder(wanted):
 
 def write_config(folder, cfg):
     """config.json: the settings, but for what to do and where."""
-    what = ("out", "resume", "sample", "evaluate")
+    what = ("out", "resume", "sample", "evaluate", "labels", "prototype", "like")
     save_safely({k: v for k, v in vars(cfg).items() if k not in what}, folder / "config.json")
 
 

@@ -18,7 +18,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parent.parent
-LOSSES = {"protodiffusion": "protodiffusion_loss"}          # script -> its loss(cfg, net, batch, abar)
+LOSSES = {"protodiffusion": "protodiffusion_loss", "pdm": "pdm_loss"}       # script -> its loss(cfg, net, batch, abar)
 
 
 def wait(device):
@@ -57,15 +57,17 @@ def measure(job):
     device = script.find_device(job["device"])
     if job["kind"] != "plain step":
         script.choose_backends(device)
-    cfg = script.Config(**{**script.Config.PRESETS[job["dataset"]], "dataset": job["dataset"], "compile": job["compile"]})
+    preset = script.Config.PRESETS[job["dataset"]]
+    cfg = script.Config(**{**preset, "dataset": job["dataset"], "compile": job["compile"]})
     cfg.amp = "off" if job["kind"] == "plain step" else cfg.amp
     B = cfg.batch_size = job["batch"] or cfg.batch_size
     shape, dtype = [3, cfg.image_size, cfg.image_size], script.amp_dtype(device, cfg.amp)
     layout = torch.contiguous_format if job["kind"] == "plain step" else script.memory_format(device)
-    extra = dict(shape=shape, classes=list("0123456789"), table=torch.randn(10, cfg.prototype_dim), frequency=torch.ones(10, 1))
+    extra = dict(shape=shape, classes=list("0123456789"), table=torch.randn(10, cfg.prototype_dim),
+                 frequency=torch.ones(10, 1), images=50_000)
     model = cfg.build(extra).to(device, memory_format=layout)
     images = torch.randint(0, 256, (4 * B, *shape), dtype=torch.uint8, device=device)
-    targets = torch.randint(0, 10, (4 * B,), device=device)
+    targets = torch.randint(0, 2, (4 * B,), device=device)    # classes, or prototypes to sample from
     result = dict(parameters=sum(p.numel() for p in model.parameters()))
     if job["kind"] == "sampling":
         cfg.sample_batch = B
@@ -127,20 +129,22 @@ def main():
     peak = matrix_rate(device, args.seconds)
     table = dict(machine=first.machine(device), torch=torch.__version__, matrix_product_tflops=peak, rows=[])
     print(f"{table['machine']}, torch {torch.__version__}; bfloat16 matrix product {peak:.2f} TFLOP/s\n"
-          f"{'script':16}{'settings':10}{'parameters':>11}{'kind':>12}{'batch':>7}{'images/s':>10}{'MiB':>8}{'of matrix rate':>16}")
+          f"{'script':16}{'settings':10}{'parameters':>11}{'kind':>12}{'batch':>7}{'images/s':>10}{'MiB':>8}"
+          f"{'of matrix rate':>16}")
     for script in scripts:
         for dataset in ("shapes", "cifar10"):
             batch = args.batch or (512 if device.type == "cuda" else 64 if dataset == "shapes" else 16)
             for kind in ("plain step", "step", "sampling"):
-                job = dict(script=script, dataset=dataset, kind=kind, seconds=args.seconds, batch=batch, compile=args.compile,
-                           device=str(device))
-                done = subprocess.run([sys.executable, __file__, "--job", json.dumps(job)], capture_output=True, text=True)
+                job = dict(script=script, dataset=dataset, kind=kind, seconds=args.seconds, batch=batch,
+                           compile=args.compile, device=str(device))
+                command = [sys.executable, __file__, "--job", json.dumps(job)]
+                done = subprocess.run(command, capture_output=True, text=True)
                 if done.returncode:
                     sys.exit(done.stderr)
                 row = {**job, **json.loads(done.stdout.splitlines()[-1])}
                 share = f"{row['images/s'] * row['GFLOP an image'] / 1000 / peak:.1%}" if kind == "step" else ""
-                print(f"{script:16}{dataset:10}{row['parameters'] / 1e6:>10.2f}M{kind:>12}{batch:>7}{row['images/s']:>10.1f}"
-                      f"{row['MiB'] or 0:>8.0f}{share:>16}", flush=True)
+                print(f"{script:16}{dataset:10}{row['parameters'] / 1e6:>10.2f}M{kind:>12}{batch:>7}"
+                      f"{row['images/s']:>10.1f}{row['MiB'] or 0:>8.0f}{share:>16}", flush=True)
                 table["rows"].append(row)
     if args.json:
         Path(args.json).write_text(json.dumps(table, indent=1) + "\n")

@@ -1,0 +1,48 @@
+"""The scripts share no code but the same text, so that a diff of two of them shows the method."""
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = [ROOT / f"{name}.py" for name in ("protodiffusion", "pdm", "patronus") if (ROOT / f"{name}.py").exists()]
+METHOD_ONLY = {"Config", "main"}
+
+
+def blocks(text):
+    """Top-level functions, classes and capitalised constants: name -> source, decorators included."""
+    lines, found = text.splitlines(), {}
+    for node in ast.parse(text).body:
+        names = [node.name] if isinstance(node, (ast.FunctionDef, ast.ClassDef)) else \
+            [n.id for target in node.targets for n in ast.walk(target) if isinstance(n, ast.Name)] \
+            if isinstance(node, ast.Assign) else []
+        first = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))])
+        source = "\n".join(lines[first - 1:node.end_lineno])
+        found.update({name: source for name in names if not isinstance(node, ast.Assign) or name.isupper()})
+    return found
+
+
+@pytest.mark.parametrize("a, b", [(a, b) for i, a in enumerate(SCRIPTS) for b in SCRIPTS[i + 1:]],
+                         ids=lambda path: path.stem)
+def test_blocks_of_one_name_have_one_text(a, b):
+    one, other = (blocks(path.read_text(encoding="utf-8")) for path in (a, b))
+    shared = set(one) & set(other) - METHOD_ONLY
+    assert len(shared) > 60, "scripts of one family"
+    differ = sorted(name for name in shared if one[name] != other[name])
+    assert not differ, f"{', '.join(differ)}: give one text in both scripts, or another name where the method differs"
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
+def test_no_script_imports_another_and_all_keep_the_order_of_sections(path):
+    text = path.read_text(encoding="utf-8")
+    imported = {name.name.split(".")[0] for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Import)
+                for name in node.names}
+    imported |= {node.module.split(".")[0] for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ImportFrom)}
+    assert not imported & {p.stem for p in SCRIPTS}
+    assert re.findall(r"^# (\d)  \w", text, re.MULTILINE) == [str(i) for i in range(1, 10)]
+
+
+def test_blocks_finds_what_it_should():
+    found = blocks("A, B = 1, 2\nc = 3\n@d\ndef f():\n    pass\n\nclass G:\n    x = 1\n")
+    assert found == {"A": "A, B = 1, 2", "B": "A, B = 1, 2", "f": "@d\ndef f():\n    pass", "G": "class G:\n    x = 1"}
