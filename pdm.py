@@ -25,9 +25,12 @@ describes.
 Where the paper is silent, or where we differ (our choices): features start with mean zero and prototypes at their
 centres by k-means, begun by k-means++ (s-PDM: at the mean feature of their class); a learned vector stands
 for "no prototype" with probability 0.1, which makes guidance possible (`--null-prob 0 --guidance 0` is the paper's);
-prototypes are drawn by their use in the last epoch, not uniformly; T = 1000 for both variants; `--attend all`, its
-bias towards the chosen prototype, and `--revive`; samples come from a moving average of the weights; AdamW's second
-beta is 0.95; images are drawn with replacement; CelebA comes at 64 pixels and whole.
+prototypes are drawn by their use in this epoch and the one before, not uniformly; T = 1000 for both variants; `--attend
+all`, its bias towards the chosen prototype, and `--revive`; samples come from a moving average of the weights; AdamW's
+second beta is 0.95; images are drawn with replacement; the attention starts at zero; f_phi runs in float32. The presets
+take attention at all sides up to 16, rate 5e-4, batch 256, 100,000 steps and 20 steps of DPM-Solver++, to compare with
+the other scripts (the paper: 1e-4, 64 a process, 500 epochs); STL-10 and CelebA come at 64 pixels, CelebA whole. On
+`shapes` K is 4, because of ten prototypes only four stay alive: warm or cool on bright or dark.
 """
 import argparse
 import contextlib
@@ -50,6 +53,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
 
+import matplotlib
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -111,7 +115,7 @@ class Config:
     # training
     steps: int = setting(4000, "optimiser steps", low=1)
     batch_size: int = setting(32, "images a step, over all processes and passes", low=1)
-    accumulate: int = setting(1, "passes that share a step's images: less memory, same result", low=1)
+    accumulate: int = setting(1, "passes that share a step's images, for less memory", low=1)
     lr: float = setting(2e-3, "peak learning rate of AdamW", low=0)
     warmup: float = setting(0.05, "fraction of steps in which the rate rises, before half a cosine", low=0, high=1)
     weight_decay: float = setting(1e-4, "weight decay of AdamW", low=0)
@@ -591,9 +595,8 @@ class PDM(nn.Module):
 
     def learn(self, x0, label):
         """Choose prototypes for clean images x0 [B, C, S, S] -> k [B], the prototype losses, and statistics to log."""
-        z = self.encoder(x0)
-        with torch.autocast(x0.device.type, enabled=False):
-            z = z.float()
+        with torch.autocast(x0.device.type, enabled=False):   # float16 could overflow, and BatchNorm would remember
+            z = self.encoder(x0)
             if self.revive and label is None:
                 self.move_dead(z)
             d = distances(z, self.prototypes)
@@ -689,11 +692,13 @@ def normalised_mutual_information(table):
     return (2 * shared / (rows + columns)).item() if rows + columns > 0 else 1.0
 
 
-def resemblance(z, k):
+def resemblance(z, k, most=2000):
     """Mean distance between features z [N, D] of one prototype, over that between prototypes: k [N] -> ratio.
 
     Below 1, images of one prototype are more alike than images of different ones. NaN where one kind has no pairs.
     """
+    some = torch.randperm(len(z), generator=torch.Generator().manual_seed(0))[:most]
+    z, k = z[some], k[some]
     d, same = torch.cdist(z, z), k[:, None] == k
     other = ~torch.eye(len(z), dtype=torch.bool)
     return (d[same & other].mean() / d[~same].mean()).item()
@@ -993,7 +998,8 @@ def autocast(device, dtype):
 def seed_of(*key):
     """One 32-bit seed from whole numbers: (seed of the run, purpose, step).
 
-    Purposes: 0 classifier's augmentation, 1 a class's prototypes, 2 sampling, 3 images, 4 noise, 5 dropout, 6 table.
+    Purposes: 0 a classifier's augmentation, 1 prototypes to sample from, 2 sampling, 3 images, 4 noise, 5 dropout;
+    starts: 6 a random table, 7 k-means, 8 its images.
     """
     return int(np.random.SeedSequence(key).generate_state(1)[0])
 
@@ -1112,6 +1118,15 @@ def load_weights(part, state, path):
         raise Stop(f"{path} holds another network than config.json beside it describes") from None
 
 
+def restore(parts, path):
+    """Load the state of each part (name -> module, optimiser, scaler) from a checkpoint -> its step and log."""
+    state = load_checkpoint(path)
+    for name, part in parts.items():
+        if state[name]:                                       # a scaler that was off has none
+            load_weights(part, state[name], path)
+    return state["step"], state["log"]
+
+
 def load_run(folder, device="auto"):
     """Everything needed to sample from a run: config, model (the average, in eval mode), extra, step, log, device."""
     folder, device = Path(folder), find_device(device)
@@ -1144,11 +1159,7 @@ def train(cfg, model, images, targets, loss_fn, folder, extra, device, on_eval=N
             states = {name: part.state_dict() for name, part in parts.items()}
             save_safely(dict(script=SCRIPT, step=step, log=log, extra=extra, **states), checkpoint)
     if checkpoint.exists():
-        state = load_checkpoint(checkpoint)
-        done, log = state["step"], state["log"]
-        for name, part in parts.items():
-            if weights := state.pop(name):                    # a scaler that was off has none
-                load_weights(part, weights, checkpoint)
+        done, log = restore(parts, checkpoint)
         for group, asked in zip(optimizer.param_groups, model.param_groups(cfg)):           # what may have changed
             group.update(factor=asked["factor"], start=asked["start"], weight_decay=cfg.weight_decay)
     net = nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
@@ -1162,7 +1173,6 @@ def train(cfg, model, images, targets, loss_fn, folder, extra, device, on_eval=N
         nonlocal clock
         log["seconds"] += time.perf_counter() - clock
         clock = time.perf_counter()
-
     with interruptible() as asked:
         for step in range(done, cfg.steps):
             for group in optimizer.param_groups:
@@ -1473,6 +1483,9 @@ def draw_beside_real(path, samples, real, names):
     draw_grid(path, row.flatten(0, 1), names, "what each prototype stands for", columns)
 
 
+COLOURS = matplotlib.colormaps["tab20"].colors
+
+
 def draw_features(path, z, k, prototypes, labels, classes):
     """features.png: features z [N, D] in two dimensions, coloured by prototype k [N], and by class if labelled."""
     plane = torch.linalg.eigh(moments(z)[1]).eigenvectors[:, -2:].flip(1).float()   # PCA: [D, 2]
@@ -1481,11 +1494,11 @@ def draw_features(path, z, k, prototypes, labels, classes):
     panels += [("class", labels, classes)] if labels is not None else []
     fig = Figure(figsize=(6.5 * len(panels), 5.5), layout="constrained")
     for axes, (what, groups, names) in zip(fig.subplots(1, len(panels), squeeze=False).flat, panels):
-        for i in groups.unique().tolist():
-            axes.scatter(*points[groups == i].T, s=4, alpha=0.5, color=f"C{i % 10}", label=names[i])
-        axes.scatter(*stars.T, s=160, marker="*", color="white", edgecolor="black")
+        axes.scatter(*stars.T, s=400, marker="*", color="white", edgecolor="black")              # below the dots, which
+        for i in groups.unique().tolist():                                          # may all lie on a prototype
+            axes.scatter(*points[groups == i].T, s=4, alpha=0.5, color=COLOURS[i % 20], label=names[i])
         for i, star in enumerate(stars[:40].tolist()):
-            axes.annotate(str(i), star, textcoords="offset points", xytext=(7, 5))
+            axes.annotate(str(i), star, textcoords="offset points", xytext=(10, 7))
         axes.set(title=f"coloured by {what}", xlabel="first principal component", ylabel="second")
         if groups.max() < 20:
             axes.legend(title=what, markerscale=3, fontsize="small")
@@ -1501,17 +1514,17 @@ def draw_usage(path, rows, table, classes):
     perplexity.plot(steps, [row["usage perplexity"] for row in rows], label="perplexity: how many share the work")
     perplexity.plot(steps, [len(table) - row["dead prototypes"] for row in rows], label="alive: chosen by some image")
     perplexity.axhline(len(table), color="grey", linestyle=":", label="K")
-    perplexity.set(title="prototypes in use", xlabel="step", ylim=(0, None))
-    perplexity.legend()
+    perplexity.set(title="prototypes in use", xlabel="step", ylim=(0, 1.1 * len(table)))
+    perplexity.legend(loc="lower right")
     variance.plot(steps, [row["variance of z"] for row in rows])
     variance.set(title="variance of z (0: features have collapsed)", xlabel="step", yscale="log")
     below, many = torch.zeros(len(table)), table.shape[1] > 1
     for c, count in enumerate(table.T.float()):
-        bars.bar(range(len(table)), count, bottom=below, color=f"C{c % 10}", label=classes[c] if many else None)
+        bars.bar(range(len(table)), count, bottom=below, color=COLOURS[c % 20], label=classes[c] if many else None)
         below = below + count
     bars.set(title="held-out images that chose each prototype" + ", by class" * many, xlabel="prototype")
     if 1 < len(classes) <= 20:
-        bars.legend(fontsize="x-small", ncols=2)
+        bars.legend(fontsize="x-small", loc="upper left", bbox_to_anchor=(1, 1))
     fig.savefig(path, dpi=110)
 
 
@@ -1673,13 +1686,15 @@ def measure_cost(cfg, model, extra, sets, device, rounds=15):
         one = one if name == "conditioned" else dataclasses.replace(one, conditioning="none")
         net = one.build(extra).to(device, memory_format=memory_format(device)).train()
         optimizer = torch.optim.AdamW(net.parameters(), lr=0.0, fused=True)
-        scaler = torch.amp.GradScaler(device.type, enabled=False)
+        scaler, average = torch.amp.GradScaler(device.type, enabled=False), copy.deepcopy(net)
 
-        def step(one=one, net=net, optimizer=optimizer, scaler=scaler):
+        def step(one=one, net=net, optimizer=optimizer, scaler=scaler, average=average):
             with autocast(device, amp_dtype(device, cfg.amp)):
                 loss = pdm_loss(one, net, batch, abar)["loss"]
             loss.backward()
-            return safe_step(optimizer, scaler).item()        # waits for the device
+            bad = safe_step(optimizer, scaler)
+            update_average(average, net, 0)
+            return bad.item()                                 # waits for the device
         works["a training step", name] = step
         works["a sampled image", name] = functools.partial(generate, net, one, conditions, extra["shape"], device)
     times = {key: [] for key in works}
@@ -1705,13 +1720,14 @@ def measure_prototypes(cfg, model, extra, log, samples, conditions, sets, folder
     K, labels = len(model.prototypes), sets[1].labels
     (z_train, k_train), (z_test, k_test) = (model.choose(data.images, device) for data in sets)
     z_samples, k_samples = model.choose(samples, device)
-    some = torch.arange(K).repeat_interleave(6)
-    shown = generate(model, cfg, some, extra["shape"], device)
+    names = condition_names(cfg, extra)[:20]
+    shown = generate(model, cfg, torch.arange(len(names)).repeat_interleave(6), extra["shape"], device)
     closest = sets[0].images[nearest_images(z_train, model.prototypes.cpu(), 6)]    # [K, up to 6, C, H, W]
-    draw_beside_real(folder / "prototypes.png", shown.view(K, 6, *shown.shape[1:])[:20], closest[:20],
-                    condition_names(cfg, extra)[:20])
-    draw_features(folder / "features.png", z_test[:3000], k_test[:3000], model.prototypes.cpu(),
-                  None if labels is None else labels[:3000], sets[1].classes)
+    shown = shown.view(len(names), 6, *shown.shape[1:])
+    draw_beside_real(folder / "prototypes.png", shown, closest[:len(names)], names)
+    some = torch.randperm(len(z_test), generator=torch.Generator().manual_seed(0))[:3000]          # sets may be sorted
+    draw_features(folder / "features.png", z_test[some], k_test[some], model.prototypes.cpu(),
+                  None if labels is None else labels[some], sets[1].classes)
     classes = sets[1].classes if labels is not None else ["image"]
     table = contingency(k_test, torch.zeros_like(k_test) if labels is None else labels, K, len(classes))
     if log["rows"]:
@@ -1721,7 +1737,7 @@ def measure_prototypes(cfg, model, extra, log, samples, conditions, sets, folder
              "usage perplexity, training images": torch.special.entr(share).sum().exp().item(),
              "variance of z, held-out images": z_test.var(0, correction=0).sum().item(),
              "distance of samples within / between prototypes": resemblance(z_samples, conditions),
-             "distance of real images within / between prototypes": resemblance(z_test[:2000], k_test[:2000]),
+             "distance of real images within / between prototypes": resemblance(z_test, k_test),
              "samples that choose the prototype they came from": (k_samples == conditions).float().mean().item()}
     if labels is not None:
         found["purity, held-out images"] = purity(table)
@@ -1783,7 +1799,7 @@ def compare_pdm(cfg, sets, folder, device):
         right = f", {found['accuracy']:.1%} recognised" if one.supervised else ""
         progress(f"{variant_name(one)}: Frechet distance {found['frechet']:.3f}{right}", end=True)
         return found if one.supervised else {"frechet": found["frechet"]}
-    for changes in (dict(conditioning="none"), dict(), dict(supervised=True)):
+    for changes in (dict(conditioning="none", guidance=0.0), dict(), dict(supervised=True)):
         one = dataclasses.replace(cfg, compare=False, conditioning="prototype", supervised=False)
         one = dataclasses.replace(one, **changes)
         part = folder / variant_name(one)
@@ -1814,6 +1830,9 @@ def run_pdm(cfg):
         raise Stop("--prototype-dim must be even, and --revive works in one process only")
     if cfg.supervised and cfg.conditioning == "none":
         raise Stop("--supervised chooses prototypes by label, and --conditioning none has none: leave one of them out")
+    if cfg.null_prob == 0 and cfg.guidance != 0 and cfg.conditioning == "prototype":
+        raise Stop("--null-prob 0 leaves nothing to guide away from: add --guidance 0")
+    cfg.guidance = 0.0 if cfg.conditioning == "none" else cfg.guidance
     device = find_device(cfg.device)
     choose_backends(device)
     labelled = cfg.supervised or cfg.compare

@@ -109,7 +109,7 @@ class Config:
     # training
     steps: int = setting(4500, "optimiser steps", low=1)
     batch_size: int = setting(32, "images a step, over all processes and passes", low=1)
-    accumulate: int = setting(1, "passes that share a step's images: less memory, same result", low=1)
+    accumulate: int = setting(1, "passes that share a step's images, for less memory", low=1)
     lr: float = setting(2e-3, "peak learning rate of AdamW", low=0)
     warmup: float = setting(0.05, "fraction of steps in which the rate rises, before half a cosine", low=0, high=1)
     weight_decay: float = setting(1e-4, "weight decay of AdamW", low=0)
@@ -846,7 +846,8 @@ def autocast(device, dtype):
 def seed_of(*key):
     """One 32-bit seed from whole numbers: (seed of the run, purpose, step).
 
-    Purposes: 0 classifier's augmentation, 1 a class's prototypes, 2 sampling, 3 images, 4 noise, 5 dropout, 6 table.
+    Purposes: 0 a classifier's augmentation, 1 prototypes to sample from, 2 sampling, 3 images, 4 noise, 5 dropout;
+    starts: 6 a random table, 7 k-means, 8 its images.
     """
     return int(np.random.SeedSequence(key).generate_state(1)[0])
 
@@ -965,6 +966,15 @@ def load_weights(part, state, path):
         raise Stop(f"{path} holds another network than config.json beside it describes") from None
 
 
+def restore(parts, path):
+    """Load the state of each part (name -> module, optimiser, scaler) from a checkpoint -> its step and log."""
+    state = load_checkpoint(path)
+    for name, part in parts.items():
+        if state[name]:                                       # a scaler that was off has none
+            load_weights(part, state[name], path)
+    return state["step"], state["log"]
+
+
 def load_run(folder, device="auto"):
     """Everything needed to sample from a run: config, model (the average, in eval mode), extra, step, log, device."""
     folder, device = Path(folder), find_device(device)
@@ -997,11 +1007,7 @@ def train(cfg, model, images, targets, loss_fn, folder, extra, device, on_eval=N
             states = {name: part.state_dict() for name, part in parts.items()}
             save_safely(dict(script=SCRIPT, step=step, log=log, extra=extra, **states), checkpoint)
     if checkpoint.exists():
-        state = load_checkpoint(checkpoint)
-        done, log = state["step"], state["log"]
-        for name, part in parts.items():
-            if weights := state.pop(name):                    # a scaler that was off has none
-                load_weights(part, weights, checkpoint)
+        done, log = restore(parts, checkpoint)
         for group, asked in zip(optimizer.param_groups, model.param_groups(cfg)):           # what may have changed
             group.update(factor=asked["factor"], start=asked["start"], weight_decay=cfg.weight_decay)
     net = nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
@@ -1015,7 +1021,6 @@ def train(cfg, model, images, targets, loss_fn, folder, extra, device, on_eval=N
         nonlocal clock
         log["seconds"] += time.perf_counter() - clock
         clock = time.perf_counter()
-
     with interruptible() as asked:
         for step in range(done, cfg.steps):
             for group in optimizer.param_groups:

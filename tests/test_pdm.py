@@ -740,13 +740,13 @@ def test_features_are_drawn_in_the_plane_of_their_largest_variance(figures, labe
     panels = figures[0].axes
     assert len(panels) == 1 + labelled
     for axes, groups in zip(panels, (2, 4)):
-        parts = [np.asarray(dots.get_offsets()) for dots in axes.collections]
-        assert len(parts) == groups + 1, "a colour a group, and the stars"
+        places, *parts = [np.asarray(dots.get_offsets()) for dots in axes.collections]
+        assert len(parts) == groups, "the stars, and a colour a group above them"
         points = np.empty((40, 2))
         for i in range(groups):
             points[i::groups] = parts[i]
         assert close(torch.pdist(torch.tensor(points)), torch.pdist(z).double(), 1e-3), "nothing lies off the plane"
-        assert points[:, 0].var() > points[:, 1].var() and np.allclose(parts[-1], points[:2], atol=1e-4)
+        assert points[:, 0].var() > points[:, 1].var() and np.allclose(places, points[:2], atol=1e-4)
 
 
 def test_usage_is_drawn_over_steps_and_by_class(figures):
@@ -873,6 +873,18 @@ def test_metrics_json_says_what_prototypes_mean_and_cost(done):
     for kind in ("a training step", "a sampled image"):
         plain = cost[f"seconds of {kind}, unconditioned"]
         assert plain > 0 and cost[f"seconds of {kind}, ratio"] == pytest.approx(cost[f"seconds of {kind}"] / plain)
+
+
+def test_resemblance_of_many_is_that_of_a_random_part_of_them():
+    z = torch.cat([torch.zeros(3000, 2), torch.ones(3000, 2)])
+    assert pdm.resemblance(z, torch.arange(6000) // 3000) == 0, "sorted by prototype: both must be among the part"
+
+
+@pytest.mark.parametrize("changes, words", [
+    (["--supervised", "--conditioning", "none"], "--supervised"), (["--null-prob", "0"], "--guidance 0")])
+def test_settings_that_contradict_each_other_are_refused(tmp_path, capsys, changes, words):
+    refused(capsys, [*args(out=tmp_path / "run"), *changes], words)
+    assert not (tmp_path / "run").exists()
 
 
 def test_figures_of_prototypes_can_be_computed_again(done):
@@ -1035,7 +1047,9 @@ def test_a_comparison_trains_three_variants_and_can_go_on(tmp_path, capsys, trai
     assert [(s["conditioning"], s["supervised"], s["compare"]) for s in saved] == [
         ("none", False, False), ("prototype", False, False), ("prototype", True, False)]
     apart = [{k: v for k, v in s.items() if k not in ("conditioning", "supervised")} for s in saved]
-    assert apart[0] == apart[1] == apart[2] and apart[0].items() >= {**SETTINGS, "attend": "one"}.items()
+    assert apart[0].pop("guidance") == 0 and apart[1].pop("guidance") == apart[2].pop("guidance") == SETTINGS["guidance"]
+    wanted = {k: v for k, v in SETTINGS.items() if k != "guidance"}
+    assert apart[0] == apart[1] == apart[2] and apart[0].items() >= {**wanted, "attend": "one"}.items()
     Image.open(out / "comparison.png").load()
     first = {name: checkpoint(out / name)["model"] for name in names}
     (out / "s-PDM" / "checkpoint.pt").unlink()                # as if stopped before the third variant
