@@ -77,7 +77,10 @@ class Stop(Exception):
 # --------------------------------------------------------------------------------------------------------------------
 
 def setting(default, help, **limits):
-    """A field of Config. limits: choices; low, high (inclusive); fixed (--resume and --sample cannot change it)."""
+    """A field of Config. limits: choices; low, high (inclusive); fixed (an earlier run's cannot be changed).
+
+    once: not kept in config.json. task: what to do, one at a time, in the folder of an earlier "run" or a "new" one.
+    """
     return dataclasses.field(default=default, metadata={"help": help, **limits})
 
 
@@ -113,7 +116,7 @@ class Config:
     timesteps: int = setting(1000, "T, noise levels", low=21, fixed=True)
     null_prob: float = setting(0.1, "probability of training without the prototype", low=0, high=1)
     # training
-    steps: int = setting(4000, "optimiser steps", low=1)
+    steps: int = setting(3600, "optimiser steps", low=1)
     batch_size: int = setting(32, "images a step, over all processes and passes", low=1)
     accumulate: int = setting(1, "passes that share a step's images, for less memory", low=1)
     lr: float = setting(2e-3, "peak learning rate of AdamW", low=0)
@@ -127,9 +130,9 @@ class Config:
     compile: bool = setting(False, "torch.compile the network, for training and for sampling")
     # sampling and metrics
     num_samples: int = setting(1000, "images to sample, and to measure on", low=1)
-    prototype: int = setting(-1, "--sample: from this prototype alone; -1: all", low=-1)
-    like: str = setting("", "--sample: from the prototype that this image chooses")
-    labels: str = setting("", "--sample of s-PDM: classes, like 0,3 or circle,star; empty: all in turn")
+    prototype: int = setting(-1, "--sample: from this prototype alone; -1: all", low=-1, once=True)
+    like: str = setting("", "--sample: from the prototype that this image chooses", once=True)
+    labels: str = setting("", "--sample of s-PDM: classes, like 0,3 or circle,star; empty: all in turn", once=True)
     frequency: str = setting("usage", "prototypes are drawn as often as images chose them, or uniformly (paper's code)",
                              choices=("usage", "uniform"))
     guidance: float = setting(1.5, "w; 0 is the conditional model, more trades variety for fidelity", low=-1)
@@ -141,11 +144,12 @@ class Config:
     judge_width: int = setting(16, "channels of the judge's first stage; 64 is ResNet-18", low=1)
     eval_every: int = setting(500, "--compare: steps between measurements", low=1)
     # what to do
-    compare: bool = setting(False, "train without conditioning, PDM and s-PDM: same seed and budget", fixed=True)
-    out: str = setting("", "the run's folder; empty: runs/NAME")
-    resume: str = setting("", "folder of a run to go on with")
-    sample: str = setting("", "folder of a run to sample from")
-    evaluate: str = setting("", "folder of a run to measure again")
+    compare: bool = setting(False, "train without conditioning, PDM and s-PDM: same seed and budget", fixed=True,
+                            task="new")
+    out: str = setting("", "the run's folder; empty: runs/NAME", once=True)
+    resume: str = setting("", "folder of a run to go on with", once=True, task="run")
+    sample: str = setting("", "folder of a run to sample from", once=True, task="run")
+    evaluate: str = setting("", "folder of a run to measure again", once=True, task="run")
 
     # shapes: of 10 prototypes 4 stay alive, warm or cool on bright or dark, whatever their start and rate: so K is 4.
     # Else the paper's K and D, DDPM's U-Net, and batch, rate and guidance as in the other scripts.
@@ -186,10 +190,10 @@ def parse_config(argv=None):
         parser.add_argument(f"--{name.replace('_', '-')}", default=argparse.SUPPRESS,
                             help=f"{f.metadata['help']} [{f.default}]".replace("%", "%%"), **kind)
     given = vars(parser.parse_args(argv))
-    asked = [name for name in ("resume", "sample", "evaluate", "compare") if given.get(name)]
+    asked = [name for name in settings if "task" in settings[name].metadata and given.get(name)]
     if len(asked) > 1 or WORLD > 1 and asked not in ([], ["resume"]):
         raise Stop(f"--{' and --'.join(asked)} cannot be done together, or by several processes")
-    earlier = asked and asked[0] != "compare" and given[asked[0]]
+    earlier = asked and settings[asked[0]].metadata["task"] == "run" and given[asked[0]]
     saved = read_config(earlier) if earlier else {}
     for name in given:
         if earlier and settings[name].metadata.get("fixed") and given[name] != saved.get(name):
@@ -1559,8 +1563,8 @@ def new_folder(wanted):
 
 def write_config(folder, cfg):
     """config.json: the settings, but for what to do and where."""
-    what = ("out", "resume", "sample", "evaluate", "labels", "prototype", "like")
-    save_safely({k: v for k, v in vars(cfg).items() if k not in what}, folder / "config.json")
+    kept = [f.name for f in dataclasses.fields(cfg) if not f.metadata.get("once")]
+    save_safely({name: getattr(cfg, name) for name in kept}, folder / "config.json")
 
 
 def machine(device):
@@ -1673,7 +1677,7 @@ def sample_pdm(cfg, model, extra, conditions, folder, device):
     return images
 
 
-def measure_cost(cfg, model, extra, sets, device, rounds=15):
+def measure_cost(cfg, model, extra, sets, device, rounds=9):
     """What conditioning costs, against the same U-Net told nothing: parameters, bytes, seconds a step and an image.
 
     Seconds are medians over rounds, in which the two take turns. Images are sampled at guidance 0: one pass for both.

@@ -72,7 +72,10 @@ class Stop(Exception):
 # --------------------------------------------------------------------------------------------------------------------
 
 def setting(default, help, **limits):
-    """A field of Config. limits: choices; low, high (inclusive); fixed (--resume and --sample cannot change it)."""
+    """A field of Config. limits: choices; low, high (inclusive); fixed (an earlier run's cannot be changed).
+
+    once: not kept in config.json. task: what to do, one at a time, in the folder of an earlier "run" or a "new" one.
+    """
     return dataclasses.field(default=default, metadata={"help": help, **limits})
 
 
@@ -121,7 +124,7 @@ class Config:
     compile: bool = setting(False, "torch.compile the network, for training and for sampling")
     # sampling and metrics
     num_samples: int = setting(1000, "images to sample, and to measure on", low=1)
-    labels: str = setting("", "--sample: classes, like 0,3 or circle,star; empty: all in turn")
+    labels: str = setting("", "--sample: classes, like 0,3 or circle,star; empty: all in turn", once=True)
     guidance: float = setting(1.5, "w; 0 is the conditional model, more trades variety for fidelity", low=-1)
     sampler: str = setting("dpmpp", "the way from noise to image", choices=("ddim", "ddpm", "dpmpp"))
     sample_steps: int = setting(20, "steps from noise to image", low=1)
@@ -129,11 +132,12 @@ class Config:
     inception: str = setting("auto", "weights for FID, IS, KID: a file, download, off; auto downloads on a GPU")
     eval_every: int = setting(500, "--compare: steps between measurements", low=1)
     # what to do
-    compare: bool = setting(False, "train random, frozen and unfrozen: same seed, data order and budget", fixed=True)
-    out: str = setting("", "the run's folder; empty: runs/NAME")
-    resume: str = setting("", "folder of a run to go on with")
-    sample: str = setting("", "folder of a run to sample from")
-    evaluate: str = setting("", "folder of a run to measure again")
+    compare: bool = setting(False, "train random, frozen and unfrozen: same seed, data order and budget", fixed=True,
+                            task="new")
+    out: str = setting("", "the run's folder; empty: runs/NAME", once=True)
+    resume: str = setting("", "folder of a run to go on with", once=True, task="run")
+    sample: str = setting("", "folder of a run to sample from", once=True, task="run")
+    evaluate: str = setting("", "folder of a run to measure again", once=True, task="run")
 
     # The paper's D, batch, peak rate and warm-up; DDPM's U-Net; guidance low, where Frechet distances are best.
     PHOTOGRAPHS: ClassVar[dict] = dict(
@@ -169,10 +173,10 @@ def parse_config(argv=None):
         parser.add_argument(f"--{name.replace('_', '-')}", default=argparse.SUPPRESS,
                             help=f"{f.metadata['help']} [{f.default}]".replace("%", "%%"), **kind)
     given = vars(parser.parse_args(argv))
-    asked = [name for name in ("resume", "sample", "evaluate", "compare") if given.get(name)]
+    asked = [name for name in settings if "task" in settings[name].metadata and given.get(name)]
     if len(asked) > 1 or WORLD > 1 and asked not in ([], ["resume"]):
         raise Stop(f"--{' and --'.join(asked)} cannot be done together, or by several processes")
-    earlier = asked and asked[0] != "compare" and given[asked[0]]
+    earlier = asked and settings[asked[0]].metadata["task"] == "run" and given[asked[0]]
     saved = read_config(earlier) if earlier else {}
     for name in given:
         if earlier and settings[name].metadata.get("fixed") and given[name] != saved.get(name):
@@ -1371,8 +1375,8 @@ def new_folder(wanted):
 
 def write_config(folder, cfg):
     """config.json: the settings, but for what to do and where."""
-    what = ("out", "resume", "sample", "evaluate", "labels", "prototype", "like")
-    save_safely({k: v for k, v in vars(cfg).items() if k not in what}, folder / "config.json")
+    kept = [f.name for f in dataclasses.fields(cfg) if not f.metadata.get("once")]
+    save_safely({name: getattr(cfg, name) for name in kept}, folder / "config.json")
 
 
 def machine(device):
