@@ -30,7 +30,8 @@ all`, its bias towards the chosen prototype, and `--revive`; samples come from a
 second beta is 0.95; images are drawn with replacement; the attention starts at zero; f_phi runs in float32. The presets
 take attention at all sides up to 16, rate 5e-4, batch 256, 100,000 steps and 20 steps of DPM-Solver++, to compare with
 the other scripts (the paper: 1e-4, 64 a process, 500 epochs); STL-10 and CelebA come at 64 pixels, CelebA whole. On
-`shapes` K is 4, because of ten prototypes only four stay alive: warm or cool on bright or dark.
+`shapes` K is 4, because of ten prototypes only four stay alive: warm or cool on bright or dark. On photographs these
+losses let a single prototype win, at any rate or tau that we tried; `--encoder-lr 0 --tau 0` keeps most of them.
 """
 import argparse
 import contextlib
@@ -103,6 +104,8 @@ class Config:
                           choices=("one", "all"), fixed=True)
     start: str = setting("features", "prototypes start at features of real images, or (the paper) uniform in +-0.1",
                          choices=("features", "uniform"), fixed=True)
+    encoder_lr: float = setting(1.0, "learning rate of f_phi, as a factor of --lr; 0: it stays as it starts", low=0,
+                                fixed=True)
     revive: bool = setting(False, "after each epoch, move prototypes that no image chose to images far from any")
     tau: float = setting(1.0, "sharpness of the contrastive loss", low=0)
     alignment: float = setting(1.0, "alpha, weight of the alignment loss", low=0)
@@ -622,7 +625,9 @@ class PDM(nn.Module):
         return self.denoise(xt, t, torch.where(hidden, -1, k)), losses, statistics
 
     def param_groups(self, cfg):
-        return [dict(params=list(self.parameters()), factor=1.0, start=0)]
+        rest = [p for name, p in self.named_parameters() if not name.startswith("encoder.")]
+        return [dict(params=rest, factor=1.0, start=0),
+                dict(params=list(self.encoder.parameters()), factor=cfg.encoder_lr, start=0)]
 
     @torch.no_grad()
     def begin(self, images, labels, cfg, device):
@@ -1779,6 +1784,9 @@ def measure_pdm(cfg, model, extra, log, sets, folder, device):
     if cfg.conditioning == "prototype":
         about["prototypes"] = measure_prototypes(cfg, model, extra, log, samples, conditions, sets, folder, device)
         about["cost"] = measure_cost(cfg, model, extra, sets, device)
+        if about["prototypes"]["usage perplexity, training images"] < min(2, len(model.prototypes)) / 1.3:
+            print("note: nearly all images choose one prototype, which no loss forbids: see features.png; with "
+                  "--encoder-lr 0 --tau 0 prototypes stay apart as in k-means, or try fewer of them")
     print(f"{n} samples, guidance {cfg.guidance}, {cfg.sample_steps} {cfg.sampler} steps, seed {cfg.seed}; seconds: "
           f"{', '.join(f'{k} {v:.0f}' for k, v in seconds.items())} ({about['machine']})")
     for name, found in results.items():

@@ -18,7 +18,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parent.parent
-LOSSES = {"protodiffusion": "protodiffusion_loss", "pdm": "pdm_loss"}       # script -> its loss(cfg, net, batch, abar)
+LOSSES = {"protodiffusion": "protodiffusion_loss", "pdm": "pdm_loss", "patronus": "patronus_loss"}
 
 
 def wait(device):
@@ -67,12 +67,16 @@ def measure(job):
                  frequency=torch.ones(10, 1), images=50_000)
     model = cfg.build(extra).to(device, memory_format=layout)
     images = torch.randint(0, 256, (4 * B, *shape), dtype=torch.uint8, device=device)
-    targets = torch.randint(0, 2, (4 * B,), device=device)    # classes, or prototypes to sample from
+    targets = torch.randint(0, 2, (4 * B,), device=device)    # classes, or prototypes to sample from; or activations
+    conditions = torch.rand(B, cfg.num_prototypes, device=device) if job["script"] == "patronus" else targets[:B]
     result = dict(parameters=sum(p.numel() for p in model.parameters()))
     if job["kind"] == "sampling":
         cfg.sample_batch = B
         per_call = B
-        work = lambda: script.generate(model.eval(), cfg, targets[:B], shape, device)
+        if job["script"] == "patronus":
+            work = lambda: script.render(model.eval(), cfg, conditions, device, shape=shape)
+        else:
+            work = lambda: script.generate(model.eval(), cfg, conditions, shape, device)
     else:
         abar, per_call = script.alpha_bars(cfg.timesteps).to(device), B
         loss_fn = getattr(script, LOSSES[job["script"]])
@@ -99,7 +103,7 @@ def measure(job):
     result["MiB"] = peak_memory(device)
     if job["kind"] == "step":
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            model(torch.zeros(1, *shape, device=device), torch.zeros(1, dtype=torch.long, device=device), targets[:1])
+            model(torch.zeros(1, *shape, device=device), torch.zeros(1, dtype=torch.long, device=device), conditions[:1])
         result["GFLOP an image"] = 3 * counter.get_total_flops() / 1e9
     return result
 

@@ -191,6 +191,22 @@ def test_variants_start_with_the_same_unet(monkeypatch):
     assert same(one, two) and same(one, three)
 
 
+def test_the_encoder_has_its_own_rate(tmp_path, training_only):
+    model = network()
+    rest, slow = model.param_groups(config(encoder_lr=0.25))
+    assert {id(p) for p in slow["params"]} == {id(p) for p in model.encoder.parameters()}
+    assert len(rest["params"]) + len(slow["params"]) == len(list(model.parameters()))
+    assert (rest["factor"], slow["factor"]) == (1, 0.25)
+    assert pdm.main([*args(out=tmp_path / "run", weight_decay=0), "--encoder-lr", "0"]) == 0
+    ended = checkpoint(tmp_path / "run")["model"]
+    torch.manual_seed(0)
+    started = config().build(dict(shape=[3, 16, 16], classes=list("abcdefghij"), images=200))
+    data = pdm.load_dataset("shapes", "train", 16)
+    started.begin(data.images, None, config(), CPU)
+    assert all(torch.equal(p, ended[f"encoder.{name}"]) for name, p in started.encoder.named_parameters())
+    assert not torch.equal(started.prototypes, ended["prototypes"])
+
+
 # ---- features, distances, losses --------------------------------------------------------------------------------
 
 def test_the_encoder_is_four_halving_convolutions_and_a_mean_over_pixels():
