@@ -21,14 +21,16 @@ To make images from nothing, a second, small diffusion model draws s, and the fi
     python patronus.py --diagnose runs/NAME --attribute "warm hue" --watch "dot"
 
 Where the paper is silent, or where we differ (our choices): DDPM's U-Net, AdamW at 2e-3 (shapes) or 5e-4 with warm-up
-and cosine for a few minutes, instead of 1e-5 for 300 epochs; samples come from a moving average of the weights; images
-are drawn with replacement; the latent model is an MLP over standardised s, since the order of prototypes has no
-locality for 1-D convolutions, not clipped, sampled by DDIM through all its levels; what s_j is raised to when it is
-shown or tested: its largest value on held-out images; the step at which a pattern has emerged: the one after which s_j
-stays above 90 % of its end; which prototypes live, see `prototype_state`; the penalty on correlated activations
-(`--decorrelation`), which the paper leaves open; images of 128 pixels and more take five 5x5 layers, of which the paper
-gives the strides. AUROC is measured on s itself; agreement and leak are judged by a classifier trained apart, on real
-images without a planted bias.
+and cosine for a few minutes, instead of 1e-5 for 300 epochs; encoder and prototypes at a tenth of that rate; prototypes
+start at patches of real images (k-means++) with features scaled to a total variance of 1, where the activation is
+steep, and the denoiser sees s standardised by its start (`--start uniform`: none of this, the paper's); 64 prototypes
+of length 32 on shapes; samples come from a moving average of the weights; images are drawn with replacement; the
+latent model is an MLP over standardised s, since the order of prototypes has no locality for 1-D convolutions, not
+clipped, sampled by DDIM through all its levels; what s_j is raised to when it is shown or tested: its largest value on
+held-out images; the step at which a pattern has emerged: the one after which s_j stays above 90 % of its end; which
+prototypes live, see `prototype_state`; the penalty on correlated activations (`--decorrelation`), which the paper
+leaves open; images of 128 pixels and more take five 5x5 layers, of which the paper gives the strides. AUROC is measured
+on s itself; agreement and leak are judged by a classifier trained apart, on real images without a planted bias.
 """
 import argparse
 import contextlib
@@ -92,8 +94,11 @@ class Config:
     mirror: bool = setting(False, "show half of the training images flipped left to right")
     bias: float = setting(0.5, "shapes: P(dot = warm hue) in training; 0.5: independent", low=0, high=1, fixed=True)
     # prototypes
-    num_prototypes: int = setting(32, "m, prototypes", low=2, fixed=True)
-    prototype_dim: int = setting(128, "D, length of a prototype and of a patch's feature", low=1, fixed=True)
+    num_prototypes: int = setting(64, "m, prototypes", low=6, fixed=True)
+    prototype_dim: int = setting(32, "D, length of a prototype and of a patch's feature", low=1, fixed=True)
+    encoder_lr: float = setting(0.1, "learning rate of encoder and prototypes, as a factor of --lr", low=0, fixed=True)
+    start: str = setting("features", "prototypes start at patches of real images, or (the paper) uniform in 0..1",
+                         choices=("features", "uniform"), fixed=True)
     distinctness: float = setting(0.0, "weight of the penalty on prototypes that point the same way", low=0)
     decorrelation: float = setting(0.0, "weight of the penalty on activations that are correlated", low=0)
     # network and process
@@ -149,9 +154,9 @@ class Config:
 
     # The paper's m and D; DDPM's U-Net with attention in the middle only; batch and rate as in the other scripts.
     PHOTOGRAPHS: ClassVar[dict] = dict(
-        mirror=True, num_prototypes=100, judge_steps=8000, judge_width=64, channels=128, multipliers="1,2,2,2",
-        blocks=2, dropout=0.1, steps=100_000, batch_size=256, lr=5e-4, latent_steps=40_000, latent_width=1024,
-        save_every=2000, num_samples=10_000)
+        mirror=True, num_prototypes=100, prototype_dim=128, judge_steps=8000, judge_width=64, channels=128,
+        multipliers="1,2,2,2", blocks=2, dropout=0.1, steps=100_000, batch_size=256, lr=5e-4, latent_steps=40_000,
+        latent_width=1024, save_every=2000, num_samples=10_000)
     LARGER: ClassVar[dict] = {**PHOTOGRAPHS, "image_size": 64, "multipliers": "1,1,2,2,2"}
     PRESETS: ClassVar[dict] = {
         "shapes": {},
@@ -516,7 +521,7 @@ def distinctness_loss(prototypes):
 def correlation(s):
     """Pearson correlations between columns of s [N, m] -> [m, m]; 0 for a column that does not vary."""
     s = s - s.mean(0)
-    s = s / s.square().sum(0).sqrt().clamp(min=1e-6)
+    s = s / s.square().sum(0).clamp(min=1e-12).sqrt()         # clamped before the root: its gradient at 0 is infinite
     return s.T @ s
 
 
@@ -524,6 +529,22 @@ def decorrelation_loss(s):
     """Mean squared correlation between different activations over a batch, s [B, m]; the paper leaves it open."""
     r = correlation(s.float())
     return (r * (1 - torch.eye(len(r), device=r.device))).square().sum() / (len(r) * (len(r) - 1))
+
+
+@torch.no_grad()
+def spread_points(z, n, seed):
+    """k-means++ (Arthur & Vassilvitskii 2007): n of the points z [N, D], each drawn by squared distance -> [n, D]."""
+    gen = torch.Generator().manual_seed(seed_of(seed, 7))
+    z = z.float().cpu()
+    chosen = [torch.randint(len(z), (), generator=gen)]
+    nearest = (z - z[chosen[0]]).square().sum(1)
+    while len(chosen) < n:
+        chosen.append(torch.multinomial(nearest + 1e-12, 1, generator=gen)[0])
+        nearest = torch.minimum(nearest, (z - z[chosen[-1]]).square().sum(1))
+    return z[torch.stack(chosen)]
+
+
+SPREAD = 1.0                            # variance of a patch's features at the start, summed over their D numbers
 
 
 class Patronus(nn.Module):
@@ -536,6 +557,8 @@ class Patronus(nn.Module):
         self.unet, self.encoder, self.latent = unet, encoder, latent.requires_grad_(False)
         self.prototypes = nn.Parameter(torch.rand(m, dim))    # U(0, 1), as in ProtoPNet
         self.mlp = nn.Sequential(nn.Linear(m, unet.emb_dim), nn.SiLU(), nn.Linear(unet.emb_dim, unet.emb_dim))
+        self.register_buffer("mean", torch.zeros(m))          # of s at the start: what the MLP sees is standardised
+        self.register_buffer("std", torch.ones(m))
 
     def maps(self, x0):
         """Activation of every prototype by every patch of images [B, C, S, S] -> [B, m, h, w]: where."""
@@ -547,13 +570,40 @@ class Patronus(nn.Module):
 
     def forward(self, xt, t, s, x0=None):
         if x0 is None:
-            return self.unet(xt, t, self.mlp(s))
+            return self.unet(xt, t, self.mlp((s - self.mean) / self.std))
         s = self.encode(x0)
-        penalties = {"distinctness": distinctness_loss(self.prototypes), "decorrelation": decorrelation_loss(s)}
-        return self.unet(xt, t, self.mlp(s)), s, penalties
+        with torch.autocast(x0.device.type, enabled=False):
+            penalties = {"distinctness": distinctness_loss(self.prototypes), "decorrelation": decorrelation_loss(s)}
+        return self.unet(xt, t, self.mlp((s - self.mean) / self.std)), s, penalties
+
+    @torch.no_grad()
+    def begin(self, images, cfg, device):
+        """Start at patches of real images: layers scaled one by one, features to a variance of SPREAD, then k-means++.
+
+        From the paper's start squared distances are in the thousands, where activations are all alike and near 0.
+        """
+        index = random_index(images, min(500, len(images)), cfg.seed, 8)
+        z = scaled(images, index, device)
+        for layer in self.to(device).encoder:                 # [N, D, h, w]
+            z = layer(z)
+            if isinstance(layer, nn.Conv2d):
+                size, z = z.std(), z / z.std()
+                layer.weight /= size
+                layer.bias /= size
+        scale = (SPREAD / z.transpose(0, 1).flatten(1).var(1).sum()).sqrt()
+        self.encoder[-2].weight *= scale
+        self.encoder[-2].bias *= scale
+        patches = (z * scale).permute(0, 2, 3, 1).flatten(0, 2)                     # [N h w, D]
+        some = torch.randperm(len(patches), generator=torch.Generator().manual_seed(seed_of(cfg.seed, 7)))[:5000]
+        self.prototypes.copy_(spread_points(patches.cpu()[some], len(self.prototypes), cfg.seed))
+        s = self.encode(scaled(images, index, device))
+        self.mean.copy_(s.mean(0))
+        self.std.copy_(s.std(0).clamp(min=1e-3))
 
     def param_groups(self, cfg):
-        return [dict(params=[p for p in self.parameters() if p.requires_grad], factor=1.0, start=0)]
+        slow = [*self.encoder.parameters(), self.prototypes]
+        rest = [*self.unet.parameters(), *self.mlp.parameters()]
+        return [dict(params=slow, factor=cfg.encoder_lr, start=0), dict(params=rest, factor=1.0, start=0)]
 
 
 def patronus_loss(cfg, net, batch, abar):
@@ -562,7 +612,7 @@ def patronus_loss(cfg, net, batch, abar):
     diffusion = F.mse_loss(eps.float(), batch.eps)
     total = diffusion + sum(getattr(cfg, name) * penalty for name, penalty in penalties.items())
     return {"loss": total, "diffusion": diffusion, **penalties,
-            "spread of s": s.detach().std(0).mean()}          # 0: every image looks the same to the prototypes
+            "spread of s": s.detach().std(0, correction=0).mean()}          # 0: every image looks the same to the prototypes
 
 
 class LatentModel(nn.Module):
@@ -594,7 +644,9 @@ def train_latent(latent, s, cfg, step, device):
     s, abar = ((s.to(device) - latent.mean) / latent.std)[:, :, None, None], alpha_bars(cfg.latent_timesteps).to(device)
     torch.manual_seed(seed_of(cfg.seed, 12))
     model, gen = LatentModel(len(latent.mean), latent.width).to(device), torch.Generator(device)
-    latent.load_state_dict({**model.state_dict(), "mean": latent.mean, "std": latent.std})
+    model.mean.copy_(latent.mean)
+    model.std.copy_(latent.std)
+    latent.load_state_dict(model.state_dict())                # the average starts where training does
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=cfg.latent_steps + 1)
     for i in range(cfg.latent_steps):
@@ -1352,7 +1404,9 @@ def traits(data):
     """What is known of images: attributes, else classes one by one -> bool [N, A], names; None, [] if neither."""
     if data.attributes is not None:
         return data.attributes, list(data.attribute_names)
-    return (None, []) if data.labels is None else (F.one_hot(data.labels, len(data.classes)).bool(), data.classes)
+    if data.labels is None or len(data.classes) < 2:
+        return None, []
+    return F.one_hot(data.labels, len(data.classes)).bool(), data.classes
 
 
 def train_attribute_judge(cfg, train_set, device):
@@ -1437,11 +1491,11 @@ def disentanglement(s, known):
 def prototype_state(s):
     """Activations of held-out images s [N, m] -> live bool [m], counts of dead and duplicate prototypes (choice).
 
-    Dead: varies by less than a hundredth of its whole range, 9.2, or of what the liveliest does, whatever the image.
+    Dead: its spread (standard deviation) over images is less than a twentieth of the liveliest one's.
     Duplicate: live, but correlated by over 0.95 (either sign) with a live one before it.
     """
     spread = s.std(0)
-    dead, r = spread < 0.01 * spread.max(), correlation(s).abs()
+    dead, r = spread < 0.05 * spread.max(), correlation(s).abs()
     twin = torch.zeros_like(dead)
     for j in range(len(r)):
         twin[j] = not dead[j] and bool((r[j, :j] > 0.95)[~(dead | twin)[:j]].any())
@@ -1449,9 +1503,15 @@ def prototype_state(s):
 
 
 def reconstruct(model, cfg, images, device):
-    """uint8 images -> regenerated from s and inverted xT, and (same s) from random xT; float [N, C, H, W] each."""
+    """uint8 images -> float [N, C, H, W], regenerated from their s and inverted xT (section 4.1)."""
     s, xT = invert_images(model, cfg, images, device)
-    return render(model, cfg, s, device, xT), render(model, cfg, s, device, shape=images.shape[1:])
+    return render(model, cfg, s, device, xT)
+
+
+def vary(model, cfg, images, n, device):
+    """uint8 images [N, C, H, W] -> [N, n, C, H, W], regenerated from their s and random xT (section 4.1)."""
+    s = activations(model, images, device).repeat_interleave(n, 0)
+    return render(model, cfg, s, device, shape=images.shape[1:]).view(len(images), n, *images.shape[1:])
 
 
 def spherical(a, b, share):
@@ -1501,7 +1561,8 @@ def show_prototype(model, cfg, s, xT, j, value, device):
 
 def emergence(model, cfg, s, device, shape, steps=50):
     """When (section 4.4): s of the image predicted at every step from random noise -> t [steps], [steps, N, m]."""
-    times, seen, cfg = [], [], dataclasses.replace(cfg, sampler="ddim", sample_steps=steps, sample_batch=len(s))
+    times, seen, steps = [], [], min(steps, cfg.timesteps)
+    cfg = dataclasses.replace(cfg, sampler="ddim", sample_steps=steps, sample_batch=len(s))
 
     def see(t, x, x0):
         times.append(t)
@@ -1552,7 +1613,7 @@ def diagnose(model, cfg, judge, data, a, b, device, most=500):
     low, high = (leaks[:, 1] / leaks[:, 0]).quantile(torch.tensor([0.025, 0.975])).tolist()
     moved, dragged = change.mean(0).tolist()
     figures = {"moved prototypes": movers, "change of P(attribute)": moved, "change of P(watched)": dragged,
-               "leak": dragged / moved, "leak, 95 % from": low, "leak, 95 % to": high}
+               "leak": dragged / moved if moved else math.nan, "leak, 95 % from": low, "leak, 95 % to": high}
     return figures, SimpleNamespace(before=pictures[0], after=pictures[1], p_before=before[:, [a, b]],
                                     p_after=after[:, [a, b]], has=has)
 
@@ -1644,7 +1705,7 @@ def panel(image, box=None, size=0, text="", heat=None, extent=None):
     return draw
 
 
-def draw_reconstruction(path, real, inverted, varied):
+def draw_reconstruction(path, real, inverted):
     """reconstruction.png: uint8 images [n, C, H, W] above what s and inverted noise give back, and the error."""
     error = (inverted.clamp(-1, 1) - (real.float() / 127.5 - 1)).abs().mean((1, 2, 3)).tolist()
     draw_panels(path, [[panel(x) for x in real], [panel(x, text=f"{e:.3f}") for x, e in zip(inverted, error)]],
@@ -1802,25 +1863,30 @@ def load_sets_patronus(cfg):
     if cfg.bias != 0.5 and cfg.dataset != "shapes":
         raise Stop(f"--bias plants a correlation in shapes alone: leave it out with --dataset {cfg.dataset}")
     sets = load_sets(cfg, labelled=False)
+    if len(sets[1].images) < 8:
+        raise Stop(f"{cfg.data_dir} leaves {len(sets[1].images)} held-out images, and the pictures show 8: add images")
     if cfg.bias != 0.5:
         sets[0] = make_shapes(len(sets[0].images), cfg.image_size, SHAPE_SPLITS["train"][1], cfg.bias)
     return sets
 
 
-def train_patronus(cfg, folder, sets, device):
-    """Train in `folder`, on from its checkpoint if there is one, then the latent model -> model, extra, log."""
+def train_patronus(cfg, folder, sets, device, latent=True):
+    """Train in `folder`, on from its checkpoint if there is one; latent: then the latent model -> model, extra, log."""
     images, checkpoint = sets[0].images, folder / "checkpoint.pt"
     extra = dict(shape=list(images.shape[1:]), classes=sets[0].classes, images=len(images))
     torch.manual_seed(cfg.seed)
     model = cfg.build(extra)
-    if checkpoint.exists() and load_checkpoint(checkpoint)["extra"] != extra:
-        raise Stop(f"the training images of {folder} have changed since it began: restore them, or start a new run")
+    if checkpoint.exists():
+        if load_checkpoint(checkpoint)["extra"] != extra:
+            raise Stop(f"the training images of {folder} have changed since it began: restore them, or start a new run")
+    elif cfg.start == "features":
+        model.begin(images, cfg, device)
     nothing = torch.zeros(len(images), dtype=torch.int64)     # no label is seen
     model, log = train(cfg, model, images, nothing, functools.partial(patronus_loss, cfg), folder, extra, device)
-    if RANK == 0 and model.latent.trained_at != cfg.steps:
+    state = load_checkpoint(checkpoint) if RANK == 0 and latent else {}
+    if state and model.latent.trained_at != state["step"]:
         start = time.perf_counter()
-        train_latent(model.latent, activations(model, images, device).to(device), cfg, cfg.steps, device)
-        state = load_checkpoint(checkpoint)
+        train_latent(model.latent, activations(model, images, device).to(device), cfg, state["step"], device)
         log["latent seconds"] = time.perf_counter() - start
         save_safely({**state, "average": model.state_dict(), "log": log}, checkpoint)
     if RANK == 0 and log["rows"]:
@@ -1845,13 +1911,15 @@ def sample_patronus(cfg, model, extra, folder, device):
 
 def watched_traits(cfg, data):
     """Indices of the traits --attribute and --watch; Stop if the data has none, or not these."""
-    names = traits(data)[1]
-    if len(names) < 2:
+    known, names = traits(data)
+    if not names:
         raise Stop(f"{cfg.dataset} here has no attributes or classes to diagnose")
     pair = (cfg.attribute or names[0], cfg.watch or names[-1])
     for name in pair:
         if name not in names:
             raise Stop(f"there is no attribute '{name}': choose of {', '.join(names[:40])}")
+        if len(known[:, names.index(name)].unique()) < 2:
+            raise Stop(f"held-out images are all alike in '{name}': give another --attribute or --watch")
     if pair[0] == pair[1]:
         raise Stop(f"--attribute and --watch are both '{pair[0]}': give two different ones")
     return [names.index(name) for name in pair]
@@ -1877,9 +1945,8 @@ def explain_patronus(cfg, model, judge, data, folder, device):
     s, xT = invert_images(model, cfg, few, device)
 
     inverted = render(model, cfg, s, device, xT)
-    varied = render(model, cfg, s[:5].repeat_interleave(8, 0), device, shape=shape).view(5, 8, *shape)
-    draw_reconstruction(folder / "reconstruction.png", few, inverted, varied)
-    draw_variations(folder / "variations.png", few[:5], varied)
+    draw_reconstruction(folder / "reconstruction.png", few, inverted)
+    draw_variations(folder / "variations.png", few[:5], vary(model, cfg, few[:5], 8, device))
     courses = torch.stack([interpolate(model, cfg, few[[i, i + 1]], device) for i in (0, 2, 4)])
     draw_interpolation(folder / "interpolation.png", torch.stack([few[[i, i + 1]] for i in (0, 2, 4)]), courses)
 
@@ -1952,7 +2019,7 @@ def measure_patronus(cfg, model, extra, log, sets, judge, folder, device):
     seconds = {"training": log["seconds"], "latent model": log.get("latent seconds", 0),
                "sampling": time.perf_counter() - clock}
     few = held_out.images[order[:64]]
-    inverted, _ = reconstruct(model, cfg, few, device)
+    inverted = reconstruct(model, cfg, few, device)
     error = (inverted.clamp(-1, 1) - (few.float() / 127.5 - 1)).abs().mean().item()
     up, pairs = raised_prototypes(model, cfg, s_all, few, device)
     live, dead, duplicates = prototype_state(s_all)
@@ -2024,7 +2091,7 @@ def edit_patronus(cfg, made, device):
 
 def compare_patronus(cfg, folder, device):
     """Three seeds without bias, with it, with the penalty against it: leaks -> comparison.json, .png, a table."""
-    planted, penalty = (cfg.bias if cfg.bias != 0.5 else 0.95), cfg.decorrelation or 1.0
+    planted, penalty = (cfg.bias if cfg.bias != 0.5 else 0.95), cfg.decorrelation or 0.1
     variants = {"unbiased": dict(bias=0.5, decorrelation=0.0),
                 f"bias {planted:g}": dict(bias=planted, decorrelation=0.0),
                 f"bias {planted:g}, decorrelated": dict(bias=planted, decorrelation=penalty)}
@@ -2037,7 +2104,7 @@ def compare_patronus(cfg, folder, device):
             write_config(part, one)
             sets = load_sets_patronus(one)
             judge = judge or train_attribute_judge(cfg, sets[0], device)
-            model, _, log = train_patronus(one, part, sets, device)
+            model, _, log = train_patronus(one, part, sets, device, latent=False)
             found = diagnose_patronus(one, model, judge, sets[1], part, device)
             rows[name].append({"seed": seed, "seconds": log["seconds"], **found})
             progress(f"{name}, seed {seed}: leak {found['leak']:.3f}", end=True)
@@ -2071,7 +2138,7 @@ def draw_leaks(path, rows, title):
     axes = fig.subplots()
     for i, found in enumerate(rows.values()):
         for r in found:
-            low, high = r["leak"] - r["leak, 95 % from"], r["leak, 95 % to"] - r["leak"]
+            low, high = max(0, r["leak"] - r["leak, 95 % from"]), max(0, r["leak, 95 % to"] - r["leak"])
             axes.errorbar(i + 0.1 * (r["seed"] - found[1]["seed"]), r["leak"], [[low], [high]], fmt="o",
                           color=COLOURS[2 * (r["seed"] % 10)], label=f"seed {r['seed']}" if i == 0 else None)
     axes.axhline(0, color="black", linewidth=0.5)
@@ -2104,7 +2171,7 @@ def run_patronus(cfg):
             sample_patronus(cfg, made.model, made.extra, folder, device)
             return progress(f"{cfg.num_samples} samples in {folder}", end=True)
         sets = load_sets_patronus(cfg)
-        if cfg.diagnose:
+        if cfg.diagnose or cfg.evaluate and traits(sets[1])[1]:
             watched_traits(cfg, sets[1])
         judge = train_attribute_judge(cfg, sets[0], device) if traits(sets[0])[1] else None
         folder = new_folder(cfg.out or Path(earlier, what))
@@ -2124,7 +2191,7 @@ def run_patronus(cfg):
         patience = datetime.timedelta(hours=2)                # the others wait while the first downloads and decodes
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
     sets = load_sets_patronus(cfg)                            # faults of the data show before a folder is made
-    if len(traits(sets[1])[1]) > 1:
+    if traits(sets[1])[1]:
         watched_traits(cfg, sets[1])
     if RANK == 0:
         kind = "-compare" if cfg.compare else f"-bias-{cfg.bias:g}" if cfg.bias != 0.5 else ""
