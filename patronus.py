@@ -123,18 +123,18 @@ class Config:
     amp: str = setting("auto", "mixed precision of the networks", choices=("auto", "bf16", "fp16", "off"))
     compile: bool = setting(False, "torch.compile the network, for training and for sampling")
     # latent model
-    latent_steps: int = setting(3000, "optimiser steps of the latent model, 256 activation vectors each", low=1)
+    latent_steps: int = setting(2000, "optimiser steps of the latent model, 256 activation vectors each", low=1)
     latent_width: int = setting(256, "width of the latent model's layers, even", low=2, fixed=True)
     latent_timesteps: int = setting(100, "noise levels of the latent model", low=21, fixed=True)
     # sampling, explaining and measuring
-    num_samples: int = setting(1000, "images to sample, and to measure on", low=1)
+    num_samples: int = setting(500, "images to sample, and to measure on", low=1)
     sampler: str = setting("dpmpp", "the way from noise to image", choices=("ddim", "ddpm", "dpmpp"))
     sample_steps: int = setting(20, "steps from noise to image", low=1)
     invert_steps: int = setting(100, "steps from image to noise, and back from there", low=1)
     sample_batch: int = setting(250, "images sampled at a time", low=1)
-    pairs: int = setting(300, "(prototype, image) pairs on which raising a prototype is tested", low=1)
+    pairs: int = setting(200, "(prototype, image) pairs on which raising a prototype is tested", low=1)
     inception: str = setting("auto", "weights for FID, IS, KID: a file, download, off; auto downloads on a GPU")
-    judge_steps: int = setting(400, "steps of the judge, a classifier of the attributes trained apart", low=1)
+    judge_steps: int = setting(300, "steps of the judge, a classifier of the attributes trained apart", low=1)
     judge_width: int = setting(16, "channels of the judge's first stage; 64 is ResNet-18", low=1)
     attribute: str = setting("", "diagnosis: the attribute to move; empty: the first one")
     watch: str = setting("", "diagnosis: the attribute that may be dragged along; empty: the last one")
@@ -1593,7 +1593,7 @@ def choose_movers(s, known, a, b, n=3):
     return [j for j in order if j not in strength[:, 1].topk(n).indices.tolist()][:n]
 
 
-def diagnose(model, cfg, judge, data, a, b, device, most=500):
+def diagnose(model, cfg, judge, data, a, b, device, most=300):
     """Does trait a drag trait b along (section 4.6)? On held-out data -> dict of figures, and images to look at.
 
     The movers go to their mean over images of the opposite of a; image and edited image start from the same random xT.
@@ -1746,11 +1746,11 @@ def draw_prototypes_seen(path, shown, boxes, real, real_boxes, size, names):
 
 
 def draw_consistency(path, real, raised, boxes, texts, size, names):
-    """consistency.png: the same prototypes raised on five images; raised [k, n, C, H, W], texts [k][n]."""
-    rows = [[panel(x) for x in real]] + [[panel(x, b, size, text) for x, b, text in zip(*row)]
-                                         for row in zip(raised, boxes, texts)]
+    """consistency.png: the same k prototypes raised on n images; raised [n, k, C, H, W], boxes, texts [n][k]."""
+    rows = [[panel(x), *(panel(y, b, size, text) for y, b, text in zip(*row))]
+            for x, *row in zip(real, raised, boxes, texts)]
     draw_panels(path, rows, "Consistency: does raising a prototype add the same thing to every image? "
-                "(below: s_j encoded again, before > after)", ["real image", *names], size=1.3)
+                "(below: s_j encoded again, before > after)", columns=["real image", *names], size=1.3)
 
 
 def draw_where(path, real, maps, extent, names):
