@@ -121,7 +121,7 @@ class Config:
     log_every: int = setting(100, "steps between rows of log.csv", low=1)
     device: str = setting("auto", "auto, cuda, cuda:1, mps or cpu")
     amp: str = setting("auto", "mixed precision of the networks", choices=("auto", "bf16", "fp16", "off"))
-    compile: bool = setting(False, "torch.compile the network, for training and for sampling")
+    compile: bool = setting(False, "torch.compile the network, for training and for whole batches of samples")
     # latent model
     latent_steps: int = setting(2000, "optimiser steps of the latent model, 256 activation vectors each", low=1)
     latent_width: int = setting(256, "width of the latent model's layers, even", low=2, fixed=True)
@@ -484,8 +484,13 @@ def patch_encoder(channels, side, dim):
     return nn.Sequential(*layers)
 
 
+# exercise
 def receptive_field(encoder):
-    """start, size, step in pixels: vector i of a row of patches sees pixels start + i * step, ... (`size` of them)."""
+    """start, size, step in pixels: vector i of a row of patches sees pixels start + i * step, ... (`size` of them).
+
+    From kernel, stride and padding of the convolutions (square ones), first to last; start < 0 lies in the padding. For
+    images of 32 pixels it is (-1, 15, 2).
+    """
     start, size, step = 0, 1, 1
     for layer in encoder:
         if isinstance(layer, nn.Conv2d):
@@ -495,8 +500,12 @@ def receptive_field(encoder):
     return start, size, step
 
 
+# exercise
 def patch_distances(z, prototypes):
-    """||z - p||^2 in float32, at least 0: patches z [B, D, h, w], prototypes [m, D] -> [B, m, h, w]."""
+    """||z - p||^2 in float32, at least 0: patches z [B, D, h, w], prototypes [m, D] -> [B, m, h, w].
+
+    As ||z||^2 - 2 z.p + ||p||^2, which needs no [B, m, D, h, w]; rounding may bring it below 0. float32 under autocast.
+    """
     with torch.autocast(z.device.type, enabled=False):        # differences of large numbers want their digits
         z, p = z.float(), prototypes.float()
         cross = torch.einsum("bdhw,md->bmhw", z, p)
@@ -506,6 +515,7 @@ def patch_distances(z, prototypes):
 EPSILON = 1e-4
 
 
+# exercise
 def activation(d):
     """s = log((d + 1) / (d + 1e-4)) of a squared distance (ProtoPNet): from 9.2 at d = 0 down to 0."""
     return torch.log((d + 1) / (d + EPSILON))
@@ -808,14 +818,19 @@ def alpha_bars(T):
     return (1 - betas).cumprod(0).float()
 
 
+# exercise
 def add_noise(x0, t, eps, abar):
     """Forward process xt = sqrt(abar_t) x0 + sqrt(1 - abar_t) eps (DDPM eq. 4). x0, eps, xt [B, C, H, W]; t [B]."""
     a = abar[t][:, None, None, None]
     return a.sqrt() * x0 + (1 - a).sqrt() * eps
 
 
+# exercise
 def noise_loss(model, x0, condition, t, eps, abar):
-    """Squared error of the predicted noise, mean over all elements (DDPM eq. 14). condition: model's third input."""
+    """Squared error of the predicted noise, mean over all elements (DDPM eq. 14), in float32.
+
+    The prediction is model(xt, t, condition), of add_noise's xt; in mixed precision it may come in 16 bits.
+    """
     return F.mse_loss(model(add_noise(x0, t, eps, abar), t, condition).float(), eps)
 
 
@@ -824,8 +839,13 @@ def sample_times(T, steps):
     return [round(T - i * T / steps) - 1 for i in range(steps)]
 
 
+# exercise
 def ddim_step(x, x0, eps, a, a_next, eta=0.0, noise=None):
-    """Song et al. 2021, eq. 12: x at abar a, with predictions x0 and eps -> x at abar a_next. eta = 1: ddpm_step."""
+    """Song et al. 2021, eq. 12: x at abar a, with predictions x0 and eps -> x at abar a_next. eta = 1: ddpm_step.
+
+    sqrt(a_next) x0 + sqrt(1 - a_next - sigma^2) eps + sigma noise, where sigma = eta sqrt((1 - a_next) / (1 - a))
+    sqrt(1 - a / a_next) (eq. 16). Rounding may bring what is under the second root below 0. eta = 0 needs no noise.
+    """
     sigma = eta * ((1 - a_next) / (1 - a) * (1 - a / a_next)).sqrt()                # Song eq. 16
     mean = a_next.sqrt() * x0 + (1 - a_next - sigma ** 2).clamp(min=0).sqrt() * eps
     return mean if eta == 0 else mean + sigma * noise
@@ -838,10 +858,13 @@ def ddpm_step(x, x0, a, a_next, noise):
     return mean + ((1 - a_next) / (1 - a) * beta).sqrt() * noise
 
 
+# exercise
 def dpmpp_step(x, x0, a, a_next, x0_before=None, a_before=None):
     """DPM-Solver++(2M) (Lu et al. 2022, alg. 2); first order without the step before, and to the clean image.
 
     lambda = log(sqrt(a) / sqrt(1 - a)). The last step (a_next = 1) is infinite in lambda, which leaves no second order.
+    With h = lambda_next - lambda: sqrt((1 - a_next) / (1 - a)) x - sqrt(a_next) (exp(-h) - 1) D. First order: D = x0;
+    second: D = (1 + 1 / 2r) x0 - x0_before / 2r, where r = (lambda - lambda_before) / h.
     """
     def log_snr(a):
         return 0.5 * (a.log() - (1 - a).log())
@@ -883,11 +906,14 @@ def to_uint8(x):
     return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
 
 
+# exercise
 @torch.no_grad()
 def invert(predict, x0, abar, steps):
     """The DDIM ODE upwards (Song et al. 2021, section 4.3): images x0 -> the noise xT that leads back to them.
 
-    The same levels as `sample`; eps is predicted at the current state, for the clean image at the lowest level.
+    The same levels as `sample`, lowest first. A step is that of DDIM: sqrt(a_next) x0 + sqrt(1 - a_next) eps, where x0
+    is what x at abar a holds if its noise is eps. eps is predicted at the current x and its t; the clean image, with
+    abar = 1 and no t of its own, is told the lowest t.
     """
     times = sample_times(len(abar), steps)[::-1]
     levels, x = [torch.ones(()), *abar.cpu()[times]], x0
@@ -900,7 +926,8 @@ def invert(predict, x0, abar, steps):
 
 def predictor(model, cfg, s, device):
     """predict(x, t) for `sample` and `invert`: the network, in mixed precision, told activations s [N, m]."""
-    network, dtype = torch.compile(model) if cfg.compile else model, amp_dtype(device, cfg.amp)
+    whole, dtype = len(s) == cfg.sample_batch, amp_dtype(device, cfg.amp)           # else compiling costs more
+    network = torch.compile(model, dynamic=False) if cfg.compile and whole else model
 
     def predict(x, t):
         with autocast(device, dtype):
@@ -1169,7 +1196,7 @@ def train(cfg, model, images, targets, loss_fn, folder, extra, device, on_eval=N
         for group, asked in zip(optimizer.param_groups, model.param_groups(cfg)):           # what may have changed
             group.update(factor=asked["factor"], start=asked["start"], weight_decay=cfg.weight_decay)
     net = nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
-    forward = torch.compile(net) if cfg.compile else net
+    forward = torch.compile(net, dynamic=False) if cfg.compile else net
     skipped, in_a_row = torch.tensor(float(log["skipped"]), device=device), 0
     if not done:
         save(0)
@@ -1237,10 +1264,12 @@ def moments(features):
     return features.double().mean(0), torch.cov(features.double().T, correction=min(1, len(features) - 1))
 
 
+# exercise
 def frechet_distance(mu1, sigma1, mu2, sigma2):
     """||mu1 - mu2||^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) (Heusel et al. 2017, eq. 6), float64.
 
-    The trace of the root is the sum of the roots of the eigenvalues of S1^(1/2) S2 S1^(1/2), which is symmetric.
+    The trace of the root is the sum of the roots of the eigenvalues of S1^(1/2) S2 S1^(1/2), which is symmetric. What
+    rounding brings below 0 counts as 0. mu [D], sigma [D, D] -> a Python number.
     """
     values, vectors = torch.linalg.eigh(sigma1)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
@@ -1426,8 +1455,13 @@ def train_attribute_judge(cfg, train_set, device):
                            real=moments(features_of(embed, train_set.images, device)))
 
 
+# exercise
 def auroc(score, positive):
-    """Area under the ROC curve: P(a positive scores above a negative), ties half; score [N], positive bool [N]."""
+    """Area under the ROC curve: P(a positive scores above a negative), ties half; score [N], positive bool [N].
+
+    With P positives, N negatives: (sum of the positives' ranks - P (P + 1) / 2) / (P N), where ranks count all scores
+    from 1 upwards and ties share their mean rank. NaN without positives or without negatives.
+    """
     _, place, count = score.unique(return_inverse=True, return_counts=True)
     rank = (count.cumsum(0) - (count - 1) / 2).double()[place]                      # 1..N, the mean rank of ties
     P, N = positive.sum().item(), (~positive).sum().item()
@@ -1514,8 +1548,13 @@ def vary(model, cfg, images, n, device):
     return render(model, cfg, s, device, shape=images.shape[1:]).view(len(images), n, *images.shape[1:])
 
 
+# exercise
 def spherical(a, b, share):
-    """Spherical interpolation (Shoemake 1985): noise a, b [C, H, W], share [n] from 0 (a) to 1 (b) -> [n, C, H, W]."""
+    """Spherical interpolation (Shoemake 1985): noise a, b [C, H, W], share [n] from 0 (a) to 1 (b) -> [n, C, H, W].
+
+    (sin((1 - share) angle) a + sin(share angle) b) / sin(angle), angle: between a and b as two long vectors. Its cosine
+    is kept within +-0.9999, where this is as good as linear and nothing is divided by 0.
+    """
     angle = torch.acos(F.cosine_similarity(a.flatten(), b.flatten(), dim=0).clamp(-0.9999, 0.9999))
     share = share[:, None, None, None]
     return (torch.sin((1 - share) * angle) * a + torch.sin(share * angle) * b) / torch.sin(angle)
@@ -1562,7 +1601,7 @@ def show_prototype(model, cfg, s, xT, j, value, device):
 def emergence(model, cfg, s, device, shape, steps=50):
     """When (section 4.4): s of the image predicted at every step from random noise -> t [steps], [steps, N, m]."""
     times, seen, steps = [], [], min(steps, cfg.timesteps)
-    cfg = dataclasses.replace(cfg, sampler="ddim", sample_steps=steps, sample_batch=len(s))
+    cfg = dataclasses.replace(cfg, sampler="ddim", sample_steps=steps, sample_batch=len(s), compile=False)
 
     def see(t, x, x0):
         times.append(t)
@@ -1585,8 +1624,13 @@ def switch(model, cfg, s_a, s_b, at, device, shape):
     return render(switching, dataclasses.replace(cfg, compile=False), torch.cat([s_a, s_b], 1), device, shape=shape)
 
 
+# exercise
 def choose_movers(s, known, a, b, n=3):
-    """The n activations with the best single AUROC for trait a, those best for trait b excluded (section 4.6)."""
+    """The n activations with the best single AUROC for trait a, those best for trait b excluded (section 4.6).
+
+    s [N, m], known bool [N, A]; a, b: columns of known -> a list of n numbers, best first. AUC and 1 - AUC tell as
+    much, NaN tells nothing, as 0.5 does. Excluded are the n best for b.
+    """
     auc = single_aurocs(s, known[:, [a, b]])
     strength = torch.maximum(auc, 1 - auc).nan_to_num(0.5)    # [m, 2]
     order = strength[:, 0].argsort(descending=True).tolist()
@@ -1984,7 +2028,7 @@ def explain_patronus(cfg, model, judge, data, folder, device):
     curves = switch_curves(cfg, model, judge, data, device) if judge else None
     draw_when(folder / "when.png", times, mean, order, emerged, curves, cfg.timesteps)
 
-    seen, some_steps = [], dataclasses.replace(cfg, sampler="ddim", sample_steps=9, sample_batch=3)
+    seen, some_steps = [], dataclasses.replace(cfg, sampler="ddim", sample_steps=9, sample_batch=3, compile=False)
     render(model, some_steps, s[:3], device, shape=shape, see=lambda t, x, x0: seen.append((t, x.cpu(), x0.cpu())))
     draw_denoising_seen(folder / "denoising.png", seen, [f"image {i + 1}" for i in range(3)], cfg.timesteps)
     return {"emerged at t": {j: times[min(int(emerged[j]), len(times) - 1)] for j in order}, "switch": curves}

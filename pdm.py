@@ -130,7 +130,7 @@ class Config:
     log_every: int = setting(100, "steps between rows of log.csv", low=1)
     device: str = setting("auto", "auto, cuda, cuda:1, mps or cpu")
     amp: str = setting("auto", "mixed precision of the networks", choices=("auto", "bf16", "fp16", "off"))
-    compile: bool = setting(False, "torch.compile the network, for training and for sampling")
+    compile: bool = setting(False, "torch.compile the network, for training and for whole batches of samples")
     # sampling and metrics
     num_samples: int = setting(1000, "images to sample, and to measure on", low=1)
     prototype: int = setting(-1, "--sample: from this prototype alone; -1: all", low=-1, once=True)
@@ -489,16 +489,19 @@ def distances(z, prototypes):
     return torch.cdist(z.float(), prototypes.float(), compute_mode="donot_use_mm_for_euclid_dist")
 
 
+# exercise
 def contrastive_loss(d, k, tau):
     """Cross-entropy of softmax(-tau d) against the chosen prototype: distances d [B, K], k [B] -> mean over B."""
     return F.cross_entropy(-tau * d, k)
 
 
+# exercise
 def alignment_loss(z, prototypes, k):
     """Squared error between z [B, D] and the chosen prototype, mean over elements; it moves both, no stop-gradient."""
     return F.mse_loss(z, prototypes[k])
 
 
+# exercise
 def compactness_loss(prototypes):
     """Sum of squared cosines between different prototypes [K, D]: 0 if orthogonal, at most K (K - 1)."""
     e = F.normalize(prototypes, dim=1)
@@ -546,7 +549,12 @@ class PrototypeAttention(nn.Module):
         self.norm, self.q = group_norm(channels), nn.Linear(channels, channels)
         self.kv, self.out = nn.Linear(dim, 2 * channels), zeroed(nn.Linear(channels, channels))
 
+    # exercise
     def forward(self, h, tokens, bias=None):
+        """h + out(softmax(q k^T / sqrt(c) + bias) v) -> [B, C, H, W]; q from normalised pixels, (k, v) = kv(tokens).
+
+        Each head has its own c = C / heads channels of q, k and v; out mixes what all of them found.
+        """
         B, C, H, W = h.shape
         q = self.q(self.norm(h).flatten(2).transpose(1, 2)).view(B, H * W, self.heads, -1).transpose(1, 2)
         k, v = self.kv(tokens).view(B, -1, 2, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)   # [B, heads, n, c]
@@ -600,8 +608,16 @@ class PDM(nn.Module):
         place = z[far[(dead.cumsum(0) - 1).clamp(0, len(z) - 1)]]                   # the first dead takes the farthest
         self.prototypes.copy_(torch.where(dead[:, None], place, self.prototypes))
 
+    # exercise
     def learn(self, x0, label):
-        """Choose prototypes for clean images x0 [B, C, S, S] -> k [B], the prototype losses, and statistics to log."""
+        """Choose prototypes for clean images x0 [B, C, S, S] -> k [B], the prototype losses, and statistics to log.
+
+        k = argmin_k ||z - e_k||, z = f_phi(x0), or the label; `count` it. Losses by name: contrastive, alignment,
+        without labels also compactness; all of this in float32 under autocast too. With --revive and no labels dead
+        prototypes move first. Statistics: "variance of z", over the batch (divided by B) and summed over D; "usage
+        perplexity", exp of the entropy of the shares that prototypes have of counts + usage; "dead prototypes", of
+        share 0.
+        """
         with torch.autocast(x0.device.type, enabled=False):   # float16 could overflow, and BatchNorm would remember
             z = self.encoder(x0)
             if self.revive and label is None:
@@ -847,21 +863,27 @@ def alpha_bars(T):
     return (1 - betas).cumprod(0).float()
 
 
+# exercise
 def add_noise(x0, t, eps, abar):
     """Forward process xt = sqrt(abar_t) x0 + sqrt(1 - abar_t) eps (DDPM eq. 4). x0, eps, xt [B, C, H, W]; t [B]."""
     a = abar[t][:, None, None, None]
     return a.sqrt() * x0 + (1 - a).sqrt() * eps
 
 
+# exercise
 def noise_loss(model, x0, condition, t, eps, abar):
-    """Squared error of the predicted noise, mean over all elements (DDPM eq. 14). condition: model's third input."""
+    """Squared error of the predicted noise, mean over all elements (DDPM eq. 14), in float32.
+
+    The prediction is model(xt, t, condition), of add_noise's xt; in mixed precision it may come in 16 bits.
+    """
     return F.mse_loss(model(add_noise(x0, t, eps, abar), t, condition).float(), eps)
 
 
+# exercise
 def guided_noise(model, x, t, condition, null, w):
     """Classifier-free guidance (Ho & Salimans 2022, eq. 6): (1 + w) eps(x, c) - w eps(x, null), [B, C, H, W].
 
-    Both halves go through the network as one batch; w = 0 costs one pass of the plain batch.
+    Both halves, c first, go through the network as one batch; w = 0 costs one pass of the plain batch. float32.
     """
     if w == 0:
         return model(x, t, condition).float()
@@ -875,8 +897,13 @@ def sample_times(T, steps):
     return [round(T - i * T / steps) - 1 for i in range(steps)]
 
 
+# exercise
 def ddim_step(x, x0, eps, a, a_next, eta=0.0, noise=None):
-    """Song et al. 2021, eq. 12: x at abar a, with predictions x0 and eps -> x at abar a_next. eta = 1: ddpm_step."""
+    """Song et al. 2021, eq. 12: x at abar a, with predictions x0 and eps -> x at abar a_next. eta = 1: ddpm_step.
+
+    sqrt(a_next) x0 + sqrt(1 - a_next - sigma^2) eps + sigma noise, where sigma = eta sqrt((1 - a_next) / (1 - a))
+    sqrt(1 - a / a_next) (eq. 16). Rounding may bring what is under the second root below 0. eta = 0 needs no noise.
+    """
     sigma = eta * ((1 - a_next) / (1 - a) * (1 - a / a_next)).sqrt()                # Song eq. 16
     mean = a_next.sqrt() * x0 + (1 - a_next - sigma ** 2).clamp(min=0).sqrt() * eps
     return mean if eta == 0 else mean + sigma * noise
@@ -889,10 +916,13 @@ def ddpm_step(x, x0, a, a_next, noise):
     return mean + ((1 - a_next) / (1 - a) * beta).sqrt() * noise
 
 
+# exercise
 def dpmpp_step(x, x0, a, a_next, x0_before=None, a_before=None):
     """DPM-Solver++(2M) (Lu et al. 2022, alg. 2); first order without the step before, and to the clean image.
 
     lambda = log(sqrt(a) / sqrt(1 - a)). The last step (a_next = 1) is infinite in lambda, which leaves no second order.
+    With h = lambda_next - lambda: sqrt((1 - a_next) / (1 - a)) x - sqrt(a_next) (exp(-h) - 1) D. First order: D = x0;
+    second: D = (1 + 1 / 2r) x0 - x0_before / 2r, where r = (lambda - lambda_before) / h.
     """
     def log_snr(a):
         return 0.5 * (a.log() - (1 - a).log())
@@ -936,8 +966,9 @@ def generate(model, cfg, conditions, shape, device, trace=None):
     are no numbers.
     """
     abar, dtype, gen, images = alpha_bars(cfg.timesteps), amp_dtype(device, cfg.amp), torch.Generator(device), []
-    network = torch.compile(model) if cfg.compile else model
+    compiled = torch.compile(model, dynamic=False) if cfg.compile else model
     for i, given in enumerate(conditions.to(device).split(cfg.sample_batch)):
+        network = compiled if len(given) == cfg.sample_batch else model             # else compiling costs more
         gen.manual_seed(seed_of(cfg.seed, 2, i))
         xT = torch.randn(len(given), *shape, generator=gen, device=device)
         xT = xT.contiguous(memory_format=memory_format(device))
@@ -1172,7 +1203,7 @@ def train(cfg, model, images, targets, loss_fn, folder, extra, device, on_eval=N
         for group, asked in zip(optimizer.param_groups, model.param_groups(cfg)):           # what may have changed
             group.update(factor=asked["factor"], start=asked["start"], weight_decay=cfg.weight_decay)
     net = nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
-    forward = torch.compile(net) if cfg.compile else net
+    forward = torch.compile(net, dynamic=False) if cfg.compile else net
     skipped, in_a_row = torch.tensor(float(log["skipped"]), device=device), 0
     if not done:
         save(0)
@@ -1240,10 +1271,12 @@ def moments(features):
     return features.double().mean(0), torch.cov(features.double().T, correction=min(1, len(features) - 1))
 
 
+# exercise
 def frechet_distance(mu1, sigma1, mu2, sigma2):
     """||mu1 - mu2||^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) (Heusel et al. 2017, eq. 6), float64.
 
-    The trace of the root is the sum of the roots of the eigenvalues of S1^(1/2) S2 S1^(1/2), which is symmetric.
+    The trace of the root is the sum of the roots of the eigenvalues of S1^(1/2) S2 S1^(1/2), which is symmetric. What
+    rounding brings below 0 counts as 0. mu [D], sigma [D, D] -> a Python number.
     """
     values, vectors = torch.linalg.eigh(sigma1)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
@@ -1458,7 +1491,7 @@ def draw_samples(path, images, labels, classes, title, columns=10):
 
 def draw_denoising(path, model, cfg, conditions, names, shape, device, columns=9):
     """denoising.png: one image for each condition [N], with its name, on its way from noise to sample, with t."""
-    trace, one_batch = [], dataclasses.replace(cfg, sample_batch=len(conditions))
+    trace, one_batch = [], dataclasses.replace(cfg, sample_batch=len(conditions), compile=False)
     final = generate(model, one_batch, conditions, shape, device, trace)
     chosen = [trace[round(i * (len(trace) - 1) / (columns - 2))] for i in range(columns - 1)]
     steps = torch.stack([*(to_uint8(x) for _, x in chosen), final], 1).flatten(0, 1)

@@ -121,7 +121,7 @@ class Config:
     log_every: int = setting(100, "steps between rows of log.csv", low=1)
     device: str = setting("auto", "auto, cuda, cuda:1, mps or cpu")
     amp: str = setting("auto", "mixed precision of the networks", choices=("auto", "bf16", "fp16", "off"))
-    compile: bool = setting(False, "torch.compile the network, for training and for sampling")
+    compile: bool = setting(False, "torch.compile the network, for training and for whole batches of samples")
     # sampling and metrics
     num_samples: int = setting(1000, "images to sample, and to measure on", low=1)
     labels: str = setting("", "--sample: classes, like 0,3 or circle,star; empty: all in turn", once=True)
@@ -479,6 +479,7 @@ def squared_distances(z, prototypes):
     return (z.float()[:, None, None] - prototypes.float()).square().sum(-1)
 
 
+# exercise
 def dce_loss(d, y, gamma=GAMMA):
     """Distance-based cross-entropy (Yang et al. 2018, eq. 6-8): distances d [B, C, K], labels y [B] -> mean over B.
 
@@ -488,8 +489,12 @@ def dce_loss(d, y, gamma=GAMMA):
     return F.nll_loss(log_p.logsumexp(-1), y)
 
 
+# exercise
 def prototype_loss(d, y):
-    """Squared distance to the nearest prototype of the own class (Yang et al. 2018, eq. 9), mean over the batch."""
+    """Squared distance to the nearest prototype of the own class (Yang et al. 2018, eq. 9): mean over the batch.
+
+    d [B, C, K] holds squared distances to the K prototypes of each class, y [B] the labels.
+    """
     return d.amin(-1).gather(1, y[:, None]).mean()
 
 
@@ -690,21 +695,27 @@ def alpha_bars(T):
     return (1 - betas).cumprod(0).float()
 
 
+# exercise
 def add_noise(x0, t, eps, abar):
     """Forward process xt = sqrt(abar_t) x0 + sqrt(1 - abar_t) eps (DDPM eq. 4). x0, eps, xt [B, C, H, W]; t [B]."""
     a = abar[t][:, None, None, None]
     return a.sqrt() * x0 + (1 - a).sqrt() * eps
 
 
+# exercise
 def noise_loss(model, x0, condition, t, eps, abar):
-    """Squared error of the predicted noise, mean over all elements (DDPM eq. 14). condition: model's third input."""
+    """Squared error of the predicted noise, mean over all elements (DDPM eq. 14), in float32.
+
+    The prediction is model(xt, t, condition), of add_noise's xt; in mixed precision it may come in 16 bits.
+    """
     return F.mse_loss(model(add_noise(x0, t, eps, abar), t, condition).float(), eps)
 
 
+# exercise
 def guided_noise(model, x, t, condition, null, w):
     """Classifier-free guidance (Ho & Salimans 2022, eq. 6): (1 + w) eps(x, c) - w eps(x, null), [B, C, H, W].
 
-    Both halves go through the network as one batch; w = 0 costs one pass of the plain batch.
+    Both halves, c first, go through the network as one batch; w = 0 costs one pass of the plain batch. float32.
     """
     if w == 0:
         return model(x, t, condition).float()
@@ -718,8 +729,13 @@ def sample_times(T, steps):
     return [round(T - i * T / steps) - 1 for i in range(steps)]
 
 
+# exercise
 def ddim_step(x, x0, eps, a, a_next, eta=0.0, noise=None):
-    """Song et al. 2021, eq. 12: x at abar a, with predictions x0 and eps -> x at abar a_next. eta = 1: ddpm_step."""
+    """Song et al. 2021, eq. 12: x at abar a, with predictions x0 and eps -> x at abar a_next. eta = 1: ddpm_step.
+
+    sqrt(a_next) x0 + sqrt(1 - a_next - sigma^2) eps + sigma noise, where sigma = eta sqrt((1 - a_next) / (1 - a))
+    sqrt(1 - a / a_next) (eq. 16). Rounding may bring what is under the second root below 0. eta = 0 needs no noise.
+    """
     sigma = eta * ((1 - a_next) / (1 - a) * (1 - a / a_next)).sqrt()                # Song eq. 16
     mean = a_next.sqrt() * x0 + (1 - a_next - sigma ** 2).clamp(min=0).sqrt() * eps
     return mean if eta == 0 else mean + sigma * noise
@@ -732,10 +748,13 @@ def ddpm_step(x, x0, a, a_next, noise):
     return mean + ((1 - a_next) / (1 - a) * beta).sqrt() * noise
 
 
+# exercise
 def dpmpp_step(x, x0, a, a_next, x0_before=None, a_before=None):
     """DPM-Solver++(2M) (Lu et al. 2022, alg. 2); first order without the step before, and to the clean image.
 
     lambda = log(sqrt(a) / sqrt(1 - a)). The last step (a_next = 1) is infinite in lambda, which leaves no second order.
+    With h = lambda_next - lambda: sqrt((1 - a_next) / (1 - a)) x - sqrt(a_next) (exp(-h) - 1) D. First order: D = x0;
+    second: D = (1 + 1 / 2r) x0 - x0_before / 2r, where r = (lambda - lambda_before) / h.
     """
     def log_snr(a):
         return 0.5 * (a.log() - (1 - a).log())
@@ -779,8 +798,9 @@ def generate(model, cfg, conditions, shape, device, trace=None):
     are no numbers.
     """
     abar, dtype, gen, images = alpha_bars(cfg.timesteps), amp_dtype(device, cfg.amp), torch.Generator(device), []
-    network = torch.compile(model) if cfg.compile else model
+    compiled = torch.compile(model, dynamic=False) if cfg.compile else model
     for i, given in enumerate(conditions.to(device).split(cfg.sample_batch)):
+        network = compiled if len(given) == cfg.sample_batch else model             # else compiling costs more
         gen.manual_seed(seed_of(cfg.seed, 2, i))
         xT = torch.randn(len(given), *shape, generator=gen, device=device)
         xT = xT.contiguous(memory_format=memory_format(device))
@@ -1015,7 +1035,7 @@ def train(cfg, model, images, targets, loss_fn, folder, extra, device, on_eval=N
         for group, asked in zip(optimizer.param_groups, model.param_groups(cfg)):           # what may have changed
             group.update(factor=asked["factor"], start=asked["start"], weight_decay=cfg.weight_decay)
     net = nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
-    forward = torch.compile(net) if cfg.compile else net
+    forward = torch.compile(net, dynamic=False) if cfg.compile else net
     skipped, in_a_row = torch.tensor(float(log["skipped"]), device=device), 0
     if not done:
         save(0)
@@ -1083,10 +1103,12 @@ def moments(features):
     return features.double().mean(0), torch.cov(features.double().T, correction=min(1, len(features) - 1))
 
 
+# exercise
 def frechet_distance(mu1, sigma1, mu2, sigma2):
     """||mu1 - mu2||^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) (Heusel et al. 2017, eq. 6), float64.
 
-    The trace of the root is the sum of the roots of the eigenvalues of S1^(1/2) S2 S1^(1/2), which is symmetric.
+    The trace of the root is the sum of the roots of the eigenvalues of S1^(1/2) S2 S1^(1/2), which is symmetric. What
+    rounding brings below 0 counts as 0. mu [D], sigma [D, D] -> a Python number.
     """
     values, vectors = torch.linalg.eigh(sigma1)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
@@ -1301,7 +1323,7 @@ def draw_samples(path, images, labels, classes, title, columns=10):
 
 def draw_denoising(path, model, cfg, conditions, names, shape, device, columns=9):
     """denoising.png: one image for each condition [N], with its name, on its way from noise to sample, with t."""
-    trace, one_batch = [], dataclasses.replace(cfg, sample_batch=len(conditions))
+    trace, one_batch = [], dataclasses.replace(cfg, sample_batch=len(conditions), compile=False)
     final = generate(model, one_batch, conditions, shape, device, trace)
     chosen = [trace[round(i * (len(trace) - 1) / (columns - 2))] for i in range(columns - 1)]
     steps = torch.stack([*(to_uint8(x) for _, x in chosen), final], 1).flatten(0, 1)
