@@ -101,6 +101,10 @@ class Config:
                          choices=("features", "uniform"), fixed=True)
     distinctness: float = setting(0.0, "weight of the penalty on prototypes that point the same way", low=0)
     decorrelation: float = setting(0.0, "weight of the penalty on activations that are correlated", low=0)
+    hide: float = setting(0.5, "probability of training without an activation, each by itself; 0 is the paper's",
+                          low=0, high=0.9, fixed=True)
+    emphasis: float = setting(0.5, "the noise loss at level t counts abar ** -emphasis times; 0 is the paper's", low=0,
+                              high=1)
     # network and process
     channels: int = setting(32, "channels of the U-Net's first level, a multiple of 4", low=4, fixed=True)
     multipliers: str = setting("1,1,2", "channel factor of each level; all but the last halve the image", fixed=True)
@@ -173,7 +177,8 @@ class Config:
         unet = UNet(extra["shape"][0], self.image_size, self.channels, level_multipliers(self), self.blocks,
                     self.attention, self.dropout)
         return Patronus(unet, patch_encoder(extra["shape"][0], self.image_size, self.prototype_dim),
-                        self.num_prototypes, self.prototype_dim, LatentModel(self.num_prototypes, self.latent_width))
+                        self.num_prototypes, self.prototype_dim, LatentModel(self.num_prototypes, self.latent_width),
+                        self.hide)
 
 
 def parse_config(argv=None):
@@ -561,10 +566,12 @@ class Patronus(nn.Module):
     """Noise predictor eps(xt, t, s), conditioned on activations s [B, m]; with x0 on those of the clean image.
 
     In training: forward(xt, t, None, x0) -> noise, s, penalties. latent: the model that draws s, trained afterwards.
+    hide: probability with which the denoiser is not told an activation in training (choice). Prototypes of one pattern
+    come and go together; told all of them, always, the denoiser need not listen to any by itself.
     """
-    def __init__(self, unet, encoder, m, dim, latent):
+    def __init__(self, unet, encoder, m, dim, latent, hide=0.0):
         super().__init__()
-        self.unet, self.encoder, self.latent = unet, encoder, latent.requires_grad_(False)
+        self.unet, self.encoder, self.latent, self.hide = unet, encoder, latent.requires_grad_(False), hide
         self.prototypes = nn.Parameter(torch.rand(m, dim))    # U(0, 1), as in ProtoPNet
         self.mlp = nn.Sequential(nn.Linear(m, unet.emb_dim), nn.SiLU(), nn.Linear(unet.emb_dim, unet.emb_dim))
         self.register_buffer("mean", torch.zeros(m))          # of s at the start: what the MLP sees is standardised
@@ -584,7 +591,8 @@ class Patronus(nn.Module):
         s = self.encode(x0)
         with torch.autocast(x0.device.type, enabled=False):
             penalties = {"distinctness": distinctness_loss(self.prototypes), "decorrelation": decorrelation_loss(s)}
-        return self.unet(xt, t, self.mlp((s - self.mean) / self.std)), s, penalties
+        told = F.dropout((s - self.mean) / self.std, self.hide, self.training)
+        return self.unet(xt, t, self.mlp(told)), s, penalties
 
     @torch.no_grad()
     def begin(self, images, cfg, device):
@@ -616,13 +624,24 @@ class Patronus(nn.Module):
         return [dict(params=slow, factor=cfg.encoder_lr, start=0), dict(params=rest, factor=1.0, start=0)]
 
 
+def level_weights(abar, emphasis):
+    """Weight of the noise loss at each noise level, [T], of mean 1: abar ** -emphasis, 50 at most before (choice).
+
+    At high noise "all is noise" is nearly right, so the plain loss hardly feels a wrong brightness, which is settled
+    there, and the denoiser does not learn to take it from s, although s knows it.
+    """
+    weights = (abar ** -emphasis).clamp(max=50)
+    return weights / weights.mean()
+
+
 def patronus_loss(cfg, net, batch, abar):
     """The noise loss, with s from the clean image (section 3.2): it trains denoiser, encoder and prototypes jointly."""
     eps, s, penalties = net(add_noise(batch.x0, batch.t, batch.eps, abar), batch.t, None, batch.x0)
-    diffusion = F.mse_loss(eps.float(), batch.eps)
-    total = diffusion + sum(getattr(cfg, name) * penalty for name, penalty in penalties.items())
-    return {"loss": total, "diffusion": diffusion, **penalties,
-            "spread of s": s.detach().std(0, correction=0).mean()}          # 0: every image looks the same to the prototypes
+    errors = (eps.float() - batch.eps).square().mean((1, 2, 3))                     # [B]
+    weighted = (errors * level_weights(abar, cfg.emphasis)[batch.t]).mean()
+    total = weighted + sum(getattr(cfg, name) * penalty for name, penalty in penalties.items())
+    return {"loss": total, "diffusion": errors.mean(), **penalties,
+            "spread of s": s.detach().std(0, correction=0).mean()}                  # 0: all images look alike to them
 
 
 class LatentModel(nn.Module):

@@ -463,13 +463,39 @@ def test_the_loss_is_the_noise_loss_with_s_of_the_clean_image_and_weighted_penal
     with torch.no_grad():
         s = model.encode(data.x0)
         found = losses_of(model, data, distinctness=3.0, decorrelation=0.5)
+        plain = losses_of(model, data, distinctness=3.0, decorrelation=0.5, emphasis=0.0)
         eps = model(pt.add_noise(data.x0, data.t, data.eps, abar), data.t, s)
     assert list(found)[0] == "loss" and close(found["diffusion"], F.mse_loss(eps, data.eps), atol=1e-5)
+    penalties = 3 * found["distinctness"] + 0.5 * found["decorrelation"]
+    assert close(plain["loss"], found["diffusion"] + penalties)
+    weights = (1 / abar.sqrt()).clamp(max=50)
+    errors = (eps - data.eps).square().mean((1, 2, 3))
+    assert close(found["loss"], (errors * weights[data.t]).mean() / weights.mean() + penalties)
     assert close(found["distinctness"], pt.distinctness_loss(model.prototypes.detach()))
     assert close(found["decorrelation"], pt.decorrelation_loss(s))
-    assert close(found["loss"], found["diffusion"] + 3 * found["distinctness"] + 0.5 * found["decorrelation"])
     assert found["distinctness"] > 0.01 and found["decorrelation"] > 0.01
     assert close(found["spread of s"], s.std(0, correction=0).mean())
+
+
+def test_level_weights_grow_with_the_noise_and_have_mean_one():
+    abar = torch.tensor([1.0, 0.25, 0.01, 1e-5])
+    assert close(pt.level_weights(abar, 0.5), torch.tensor([1.0, 2, 10, 50]) / 15.75)
+    assert close(pt.level_weights(abar, 0.0), torch.ones(4))
+
+
+def test_activations_are_hidden_from_the_denoiser_one_by_one_in_training_alone():
+    model, seen = network(hide=0.25), []
+    model.mlp.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    x0, t = normal(64, 3, 16, 16).clamp(-1, 1), torch.zeros(64).long()
+    with torch.no_grad():
+        s = model(x0, t, None, x0)[1]                         # in eval mode
+        told = model.train()(x0, t, None, x0)[1]
+        model(x0, t, s)                                       # in sampling, whatever the mode
+    standardised = (s - model.mean) / model.std
+    assert close(told, s) and close(seen[0], standardised) and close(seen[2], standardised)
+    hidden = seen[1] == 0
+    assert 0.15 < hidden.float().mean() < 0.35 and 0 < hidden[0].sum() < hidden.shape[1]
+    assert close(seen[1], torch.where(hidden, 0, standardised / 0.75), atol=1e-5)
 
 
 def test_s_changes_the_noise_and_is_read_from_the_activations_alone():
