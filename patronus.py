@@ -21,16 +21,19 @@ To make images from nothing, a second, small diffusion model draws s, and the fi
     python patronus.py --diagnose runs/NAME --attribute "warm hue" --watch "dot"
 
 Where the paper is silent, or where we differ (our choices): DDPM's U-Net, AdamW at 2e-3 (shapes) or 5e-4 with warm-up
-and cosine for a few minutes, instead of 1e-5 for 300 epochs; encoder and prototypes at a tenth of that rate; prototypes
+and cosine for a few minutes, instead of 1e-5 for 300 epochs; encoder and prototypes at 0.3 of that rate; prototypes
 start at patches of real images (k-means++) with features scaled to a total variance of 1, where the activation is
-steep, and the denoiser sees s standardised by its start (`--start uniform`: none of this, the paper's); 64 prototypes
-of length 32 on shapes; samples come from a moving average of the weights; images are drawn with replacement; the
-latent model is an MLP over standardised s, since the order of prototypes has no locality for 1-D convolutions, not
-clipped, sampled by DDIM through all its levels; what s_j is raised to when it is shown or tested: its largest value on
-held-out images; the step at which a pattern has emerged: the one after which s_j stays above 90 % of its end; which
-prototypes live, see `prototype_state`; the penalty on correlated activations (`--decorrelation`), which the paper
-leaves open; images of 128 pixels and more take five 5x5 layers, of which the paper gives the strides. AUROC is measured
-on s itself; agreement and leak are judged by a classifier trained apart, on real images without a planted bias.
+steep, and the denoiser sees s standardised by its start (`--start uniform`: none of this, the paper's); the noise loss
+counts more at high noise, where brightness is settled (`--emphasis`), and in training half of the activations are
+hidden (`--hide`), so that each counts by itself; what s_j is raised to when it is shown or tested: its largest value on
+held-out images, while the others follow as they do there (`company`; --edit sets what you ask for and nothing else);
+64 prototypes of length 32 on shapes; samples come from a moving average of the weights; images are drawn with
+replacement; the latent model is an MLP over standardised s, since the order of prototypes has no locality for 1-D
+convolutions, not clipped, sampled by DDIM through all its levels; the step at which a pattern has emerged: the one
+after which s_j stays above 90 % of its end; which prototypes live, see `prototype_state`; the penalty on correlated
+activations (`--decorrelation`), which the paper leaves open; images of 128 pixels and more take five 5x5 layers, of
+which the paper gives the strides. AUROC is measured on s itself; agreement and leak are judged by a classifier trained
+apart, on real images without a planted bias.
 """
 import argparse
 import contextlib
@@ -96,14 +99,14 @@ class Config:
     # prototypes
     num_prototypes: int = setting(64, "m, prototypes", low=6, fixed=True)
     prototype_dim: int = setting(32, "D, length of a prototype and of a patch's feature", low=1, fixed=True)
-    encoder_lr: float = setting(0.1, "learning rate of encoder and prototypes, as a factor of --lr", low=0, fixed=True)
+    encoder_lr: float = setting(0.3, "learning rate of encoder and prototypes, as a factor of --lr", low=0, fixed=True)
     start: str = setting("features", "prototypes start at patches of real images, or (the paper) uniform in 0..1",
                          choices=("features", "uniform"), fixed=True)
     distinctness: float = setting(0.0, "weight of the penalty on prototypes that point the same way", low=0)
     decorrelation: float = setting(0.0, "weight of the penalty on activations that are correlated", low=0)
     hide: float = setting(0.5, "probability of training without an activation, each by itself; 0 is the paper's",
                           low=0, high=0.9, fixed=True)
-    emphasis: float = setting(0.5, "the noise loss at level t counts abar ** -emphasis times; 0 is the paper's", low=0,
+    emphasis: float = setting(0.3, "the noise loss at level t counts abar ** -emphasis times; 0 is the paper's", low=0,
                               high=1)
     # network and process
     channels: int = setting(32, "channels of the U-Net's first level, a multiple of 4", low=4, fixed=True)
@@ -136,7 +139,7 @@ class Config:
     sample_steps: int = setting(20, "steps from noise to image", low=1)
     invert_steps: int = setting(100, "steps from image to noise, and back from there", low=1)
     sample_batch: int = setting(250, "images sampled at a time", low=1)
-    pairs: int = setting(200, "(prototype, image) pairs on which raising a prototype is tested", low=1)
+    pairs: int = setting(120, "(prototype, image) pairs on which raising a prototype is tested", low=1)
     inception: str = setting("auto", "weights for FID, IS, KID: a file, download, off; auto downloads on a GPU")
     judge_steps: int = setting(300, "steps of the judge, a classifier of the attributes trained apart", low=1)
     judge_width: int = setting(16, "channels of the judge's first stage; 64 is ResNet-18", low=1)
@@ -1585,10 +1588,26 @@ def interpolate(model, cfg, pair, device, n=9):
     return render(model, cfg, torch.lerp(s[0], s[1], share[:, None]), device, spherical(*xT, share))
 
 
-def move(model, cfg, s, xT, j, values, device):
+def company(s_all, chosen):
+    """How all activations change with the k chosen ones, by linear regression over images s_all [N, m] -> [k, m].
+
+    Prototypes of one pattern come and go together. One of them at another value, and the others not, is an image that
+    there is not, and moves little (choice; the paper moves the chosen ones alone).
+    """
+    covariance = torch.cov(s_all.T)
+    return torch.linalg.pinv(covariance[chosen][:, chosen], rtol=1e-3, hermitian=True) @ covariance[chosen]
+
+
+def set_activations(s, chosen, values, slopes=None):
+    """Activations s [N, m] with the k chosen ones at values [N or 1, k]; slopes, of `company`: the others follow."""
+    moved = s.clone() if slopes is None else (s + (values - s[:, chosen]) @ slopes).clamp(0, -math.log(EPSILON))
+    moved[:, chosen] = values
+    return moved
+
+
+def move(model, cfg, s, xT, j, values, device, slopes=None):
     """One image, s [m] and inverted xT [C, H, W], once for each value [n] of its activation j -> [n, C, H, W]."""
-    rows = s.repeat(len(values), 1)
-    rows[:, j] = torch.as_tensor(values)
+    rows = set_activations(s.repeat(len(values), 1), [j], torch.as_tensor(values)[:, None], slopes)
     return render(model, cfg, rows, device, xT.expand(len(values), *xT.shape))
 
 
@@ -1604,14 +1623,12 @@ def best_patches(model, images, chosen, device):
     return start + step * torch.stack([best // maps.shape[-1], best % maps.shape[-1]], -1)
 
 
-def show_prototype(model, cfg, s, xT, j, value, device):
+def show_prototype(model, cfg, s, xT, j, value, device, slopes=None):
     """What is prototype j (section 4.3)? Raise s_j of all images s [N, m], xT [N, C, H, W] to value, regenerate.
 
     Returns the image that then responds most, [C, H, W], its response, and the corner of the patch that does.
     """
-    raised = s.clone()
-    raised[:, j] = value
-    images = render(model, cfg, raised, device, xT)
+    images = render(model, cfg, set_activations(s, [j], torch.tensor([[value]]), slopes), device, xT)
     response = activations(model, images, device)[:, j]
     image = images[response.argmax()]
     return image, response.max().item(), best_patches(model, image[None], [j], device)[0, 0]
@@ -1659,15 +1676,16 @@ def choose_movers(s, known, a, b, n=3):
 def diagnose(model, cfg, judge, data, a, b, device, most=300):
     """Does trait a drag trait b along (section 4.6)? On held-out data -> dict of figures, and images to look at.
 
-    The movers go to their mean over images of the opposite of a; image and edited image start from the same random xT.
+    The movers go to their mean over images of the opposite of a, the others follow as they do on these images, which
+    are balanced: nothing but the model ties b to a. Image and edited image start from the same random xT.
     leak: mean signed change of P(b) per unit change of P(a), + if b follows a; its interval is a bootstrap of images.
     """
     known, s = traits(data)[0], activations(model, data.images, device)
     movers = choose_movers(s, known, a, b)
     mean = torch.stack([s[~known[:, a]].mean(0), s[known[:, a]].mean(0)])           # without a, with a: [2, m]
     some = torch.randperm(len(s), generator=torch.Generator().manual_seed(seed_of(cfg.seed, 13)))[:most]
-    has, edited = known[some, a], s[some].clone()
-    edited[:, movers] = mean[(~has).long()][:, movers]
+    has = known[some, a]
+    edited = set_activations(s[some], movers, mean[(~has).long()][:, movers], company(s, movers))
     pictures = [to_uint8(render(model, cfg, part, device, shape=data.images.shape[1:])) for part in (s[some], edited)]
     before, after = (judge.probabilities(features_of(judge.embed, part, device)) for part in pictures)
     change = torch.where(has, -1, 1)[:, None] * (after - before)[:, [a, b]]         # [N, 2]
@@ -1684,17 +1702,20 @@ def diagnose(model, cfg, judge, data, a, b, device, most=300):
 def raised_prototypes(model, cfg, s_all, images, device):
     """Raise each live prototype to its largest value in s_all [N, m]: share of (prototype, image) pairs that respond.
 
-    A pair responds if the edited image, encoded again, has a larger s_j than the unedited reconstruction has.
+    A pair responds if the edited image, encoded again, has a larger s_j than the unedited reconstruction has. Returns
+    the share with the others as they are, the share with their `company`, and the number of pairs.
     """
     live = prototype_state(s_all)[0].nonzero().flatten()
     n = min(len(images), max(1, -(-cfg.pairs // len(live))))
     s, xT = invert_images(model, cfg, images[:n], device)
-    plain = activations(model, render(model, cfg, s, device, xT), device)
-    rows = s.repeat_interleave(len(live), 0)                  # image by image, all live prototypes of each
-    rows[torch.arange(len(rows)), live.repeat(n)] = s_all.amax(0)[live].repeat(n)
-    after = activations(model, render(model, cfg, rows, device, xT.repeat_interleave(len(live), 0)), device)
-    up = after.view(n, len(live), -1)[:, torch.arange(len(live)), live] > plain[:, live]
-    return up.float().mean().item(), up.numel()
+    plain, top, shares = activations(model, render(model, cfg, s, device, xT), device), s_all.amax(0), []
+    for follow in (lambda j: None, lambda j: company(s_all, [j])):
+        rows = torch.stack([set_activations(s, [j], top[[j]], follow(j)) for j in live.tolist()])   # [live, n, m]
+        images = render(model, cfg, rows.flatten(0, 1), device, xT.repeat(len(live), 1, 1, 1))
+        again = activations(model, images, device)
+        up = again.view(len(live), n, -1)[torch.arange(len(live)), :, live] > plain[:, live].T      # [live, n]
+        shares.append(up.float().mean().item())
+    return *shares, up.numel()
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -1796,7 +1817,7 @@ def draw_extrapolation(path, real, courses, names, values):
     """extrapolation.png: a row a prototype: one image, with s_j from 0 past its largest value; courses [k, n, ...]."""
     rows = [[panel(real), *(panel(x, text=f"{v:.2g}") for x, v in zip(course, row))]
             for course, row in zip(courses, values)]
-    draw_panels(path, rows, "Extrapolation: one s_j (below) from 0 past its largest on real images", names,
+    draw_panels(path, rows, "Extrapolation: s_j (below) from 0 past its largest on real images; others follow", names,
                 ["real image", *[""] * (courses.shape[1] - 2), "largest", "x 1.5"])
 
 
@@ -1804,7 +1825,8 @@ def draw_prototypes_seen(path, shown, boxes, real, real_boxes, size, names):
     """prototypes.png: what each prototype is. Regenerated images [k, ...] beside the real ones [k, n, ...], framed."""
     rows = [[panel(x, box, size), None, *(panel(r, b, size) for r, b in zip(row, row_boxes))]
             for x, box, row, row_boxes in zip(shown, boxes, real, real_boxes)]
-    title = "What: a held-out image with s_j raised (left), and the real patches that activate prototype j most"
+    title = "What: a held-out image with s_j raised and those that come with it (left), and the real patches that "\
+            "activate prototype j most"
     draw_panels(path, rows, title, names, ["s_j raised", "", *[f"real no. {i + 1}" for i in range(real.shape[1])]])
 
 
@@ -1812,7 +1834,7 @@ def draw_consistency(path, real, raised, boxes, texts, size, names):
     """consistency.png: the same k prototypes raised on n images; raised [n, k, C, H, W], boxes, texts [n][k]."""
     rows = [[panel(x), *(panel(y, b, size, text) for y, b, text in zip(*row))]
             for x, *row in zip(real, raised, boxes, texts)]
-    draw_panels(path, rows, "Consistency: does raising a prototype add the same thing to every image? "
+    draw_panels(path, rows, "Consistency: does raising a prototype and its company do the same to every image? "
                 "(below: s_j encoded again, before > after)", columns=["real image", *names], size=1.3)
 
 
@@ -2002,6 +2024,7 @@ def explain_patronus(cfg, model, judge, data, folder, device):
     live, top = prototype_state(s_all)[0], s_all.amax(0)
     chosen = torch.where(live, s_all.std(0), -1).topk(min(8, int(live.sum()))).indices.tolist()     # the liveliest
     names, size = [f"prototype {j}" for j in chosen], receptive_field(model.encoder)[1]
+    slopes = {j: company(s_all, [j]) for j in chosen}
     gen = torch.Generator().manual_seed(seed_of(cfg.seed, 14))
     some = images[torch.randperm(len(images), generator=gen)[:64]]                  # data may be sorted
     few = some[:8]
@@ -2014,23 +2037,21 @@ def explain_patronus(cfg, model, judge, data, folder, device):
     draw_interpolation(folder / "interpolation.png", torch.stack([few[[i, i + 1]] for i in (0, 2, 4)]), courses)
 
     values = [[share * top[j].item() for share in (0, 0.25, 0.5, 0.75, 1, 1.5)] for j in chosen[:6]]
-    courses = torch.stack([move(model, cfg, s[0], xT[0], j, row, device) for j, row in zip(chosen, values)])
+    courses = torch.stack([move(model, cfg, s[0], xT[0], j, row, device, slopes[j]) for j, row in zip(chosen, values)])
     draw_extrapolation(folder / "extrapolation.png", few[0], courses, names, values)
 
-    shown = [show_prototype(model, cfg, s, xT, j, top[j], device) for j in chosen]
+    shown = [show_prototype(model, cfg, s, xT, j, top[j].item(), device, slopes[j]) for j in chosen]
     most = s_all[:, chosen].topk(6, dim=0).indices.T          # [k, 6]
     real_boxes = torch.stack([best_patches(model, images[row], [j], device)[:, 0] for row, j in zip(most, chosen)])
     draw_prototypes_seen(folder / "prototypes.png", [x for x, *_ in shown], [box for *_, box in shown], images[most],
                          real_boxes, size, names)
 
-    raised, boxes, texts = [], [], []
-    before = activations(model, inverted[:5], device)
-    for i in range(5):
-        row = torch.cat([move(model, cfg, s[i], xT[i], j, [top[j].item()], device) for j in chosen[:6]])
-        after = activations(model, row, device)
-        raised.append(row)
-        boxes.append([best_patches(model, x[None], [j], device)[0, 0] for x, j in zip(row, chosen)])
-        texts.append([f"{before[i, j]:.2g} > {after[k, j]:.2g}" for k, j in enumerate(chosen[:6])])
+    rows = torch.stack([set_activations(s[:5], [j], top[[j]], slopes[j]) for j in chosen[:6]], 1)   # [5, k, m]
+    raised = render(model, cfg, rows.flatten(0, 1), device, xT[:5].repeat_interleave(rows.shape[1], 0))
+    raised, before = raised.unflatten(0, rows.shape[:2]), activations(model, inverted[:5], device)
+    boxes = [[best_patches(model, x[None], [j], device)[0, 0] for x, j in zip(row, chosen)] for row in raised]
+    texts = [[f"{before[i, j]:.2g} > {after[j]:.2g}" for after, j in zip(activations(model, row, device), chosen)]
+             for i, row in enumerate(raised)]
     draw_consistency(folder / "consistency.png", few[:5], raised, boxes, texts, size, names[:6])
 
     start, size, step = receptive_field(model.encoder)
@@ -2084,11 +2105,11 @@ def measure_patronus(cfg, model, extra, log, sets, judge, folder, device):
     few = held_out.images[order[:64]]
     inverted = reconstruct(model, cfg, few, device)
     error = (inverted.clamp(-1, 1) - (few.float() / 127.5 - 1)).abs().mean().item()
-    up, pairs = raised_prototypes(model, cfg, s_all, few, device)
+    alone, accompanied, pairs = raised_prototypes(model, cfg, s_all, few, device)
     live, dead, duplicates = prototype_state(s_all)
-    results = {"reconstruction, mean absolute error": error, "raised prototypes that respond": up,
-               "raised pairs": pairs, "live prototypes": int(live.sum()), "dead prototypes": dead,
-               "duplicate prototypes": duplicates,
+    results = {"reconstruction, mean absolute error": error, "raised prototypes that respond": accompanied,
+               "raised prototypes that respond, alone": alone, "raised pairs": pairs,
+               "live prototypes": int(live.sum()), "dead prototypes": dead, "duplicate prototypes": duplicates,
                "root mean squared correlation of s": decorrelation_loss(s_all).sqrt().item()}
     known, names = traits(held_out)
     if judge:

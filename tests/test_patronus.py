@@ -884,9 +884,9 @@ def test_movers_are_the_best_for_a_without_the_best_for_b(monkeypatch):
 def traits_and_activations(n=200):
     """Traits a (in 3 of 10 images) and b, independent: s_0..2 tell a, s_3..5 tell b, s_6..7 nothing."""
     a, b = torch.rand(n, generator=seeded(1)) < 0.3, torch.rand(n, generator=seeded(2)) < 0.5
-    s = 0.1 * normal(n, 8).clamp(-2, 2)
-    s[:, :3] += torch.where(a, 0.4, -0.4)[:, None]
-    s[:, 3:6] += torch.where(b, 0.4, -0.4)[:, None]
+    s = 0.4 + 0.025 * normal(n, 8).clamp(-2, 2)
+    s[:, :3] += torch.where(a, 0.3, -0.3)[:, None]
+    s[:, 3:6] += torch.where(b, 0.3, -0.3)[:, None]
     return s, torch.stack([b, a], 1)
 
 
@@ -896,7 +896,7 @@ def test_a_planted_leak_is_found(leak):
     data = painted(s, known, ["b", "a"])
 
     def picture(s, t):                                        # pixel 0 shows a; pixel 1 shows b, and the leak of a
-        a, b = s[:, :3].mean(1), s[:, 3:6].mean(1)
+        a, b = ((part.mean(1) - 0.4) * 4 / 3 for part in (s[:, :3], s[:, 3:6]))
         return pixels(torch.stack([a, b / 2 + leak * a / 2], 1))
     model = Painter(8, picture)
     found, seen = pt.diagnose(model, config(sampler="ddim"), reader([1, 0]), data, 1, 0, CPU, most=150)
@@ -911,7 +911,7 @@ def test_a_planted_leak_is_found(leak):
     assert torch.equal(pt.to_uint8(pixels(torch.zeros(1, 8)))[0, 0].shape and seen.before[:, 0, 0, 0] > 127, seen.has)
 
 
-def test_movers_go_to_the_mean_of_the_opposite_from_the_same_noise():
+def test_movers_go_to_the_mean_of_the_opposite_with_their_company_from_the_same_noise():
     s, known = traits_and_activations()
     data, model = painted(s, known, ["b", "a"]), Painter(8)
     _, seen = pt.diagnose(model, config(sample_batch=60), reader([3, 0]), data, 1, 0, CPU, most=100)
@@ -919,10 +919,13 @@ def test_movers_go_to_the_mean_of_the_opposite_from_the_same_noise():
     told = [torch.cat([model.told[i][1] for i in calls]) for calls in ((0, 2), (4, 6))]     # two batches of two steps
     first, second = (torch.cat([model.noise[i] for i in calls]) for calls in ((0, 2), (4, 6)))
     assert torch.equal(first, second) and len(first) == 100, "the same random noise, which holds neither trait"
-    assert torch.equal(told[0][:, 3:], told[1][:, 3:]), "the other activations stay"
-    a = known[:, 1]
+    a, centred = known[:, 1], (s - s.mean(0)).numpy()
     expected = torch.where(seen.has[:, None], s[~a].mean(0), s[a].mean(0))[:, :3]
     assert close(told[1][:, :3], expected, atol=1e-5)
+    slopes = torch.from_numpy(np.linalg.lstsq(centred[:, :3], centred[:, 3:], rcond=None)[0])       # [3, 5]
+    follow = told[0][:, 3:] + (expected - told[0][:, :3]) @ slopes
+    assert close(told[1][:, 3:], follow.clamp(min=0), atol=1e-3)
+    assert not close(told[1][:, 3:], told[0][:, 3:], atol=1e-2)
     assert all((s == row).all(1).any() for row in told[0]), "held-out images"
 
 
@@ -1053,20 +1056,24 @@ def raising(picture, pairs=5):
 
 
 def test_raised_prototypes_that_respond():
-    assert raising(lambda s, t: pixels(s)) == (1.0, 6), "two live ones on three images, for at least 5 pairs"
-    assert raising(lambda s, t: pixels(torch.zeros(len(s), 3))) == (0.0, 6), "nothing changes"
-    assert raising(lambda s, t: pixels(-s)) == (0.0, 6), "the wrong way"
-    assert raising(lambda s, t: pixels(s * torch.tensor([1.0, 0, 0]))) == (0.5, 6)
-    assert raising(lambda s, t: pixels(s), pairs=1000) == (1.0, 8), "no more than there are images"
+    assert raising(lambda s, t: pixels(s)) == (1.0, 1.0, 6), "two live ones on three images, for at least 5 pairs"
+    assert raising(lambda s, t: pixels(torch.zeros(len(s), 3))) == (0.0, 0.0, 6), "nothing changes"
+    assert raising(lambda s, t: pixels(-s)) == (0.0, 0.0, 6), "the wrong way"
+    assert raising(lambda s, t: pixels(s * torch.tensor([1.0, 0, 0]))) == (0.5, 0.5, 6)
+    assert raising(lambda s, t: pixels(s), pairs=1000) == (1.0, 1.0, 8), "no more than there are images"
 
 
-def test_every_image_is_raised_from_its_own_noise(rendered):
+def test_every_image_is_raised_from_its_own_noise_alone_and_with_company(rendered):
     raising(None)
-    plain, raised = rendered
-    assert torch.equal(raised.xT, plain.xT.repeat_interleave(2, 0)) and not torch.equal(plain.xT[0], plain.xT[1])
-    expected = plain.s.repeat_interleave(2, 0)
-    expected[::2, 0], expected[1::2, 1] = 0.9, 0.7
-    assert torch.equal(raised.s, expected)
+    plain, alone, accompanied = rendered
+    assert torch.equal(alone.xT, plain.xT.repeat(2, 1, 1, 1)) and not torch.equal(plain.xT[0], plain.xT[1])
+    assert torch.equal(accompanied.xT, alone.xT)
+    expected = plain.s.repeat(2, 1)
+    expected[:3, 0], expected[3:, 1] = 0.9, 0.7
+    assert torch.equal(alone.s, expected)
+    slopes = np.polyfit([0.5, 0.9, 0.6, 0.4], [0.7, 0.6, 0.2, 0.55], 1)[0]         # of prototype 1 on prototype 0
+    following = (plain.s[:, 1] + slopes * (0.9 - plain.s[:, 0])).clamp(min=0)
+    assert close(accompanied.s[:3, 1], following, atol=1e-5) and close(accompanied.s[:3, 0], torch.full((3,), 0.9))
 
 
 def test_prototypes_are_raised_to_their_largest_value_one_at_a_time():
@@ -1074,7 +1081,29 @@ def test_prototypes_are_raised_to_their_largest_value_one_at_a_time():
         top = torch.tensor([0.9, 0.7])
         raised = (s[:, :2] - top).abs() < 1e-5
         return pixels(torch.where(raised & (raised.sum(1, keepdim=True) == 1), 0.5, -0.5))
-    assert raising(picture) == (1.0, 6)
+    assert raising(picture)[0] == 1.0
+
+
+def test_company_is_the_regression_on_the_chosen():
+    s = normal(50, 3).abs()
+    s[:, 1] = 2 * s[:, 0] + 0.1
+    s = torch.cat([s, torch.ones(50, 1)], 1)
+    assert close(pt.company(s, [0])[:, :2], [[1, 2]], atol=1e-5)
+    assert close(pt.company(s, [2])[0, 0], np.polyfit(s[:, 2], s[:, 0], 1)[0], atol=1e-5)
+    assert close(pt.company(s, [3]), torch.zeros(1, 4)), "what never varies moves nothing"
+    s[:, 3] = s[:, 0] - 3 * s[:, 2]
+    assert close(pt.company(s, [0, 2]), [[1, 2, 0, 1], [0, 0, 1, -3]], atol=1e-4)
+    assert close(torch.tensor([1.0, 2]) @ pt.company(s, [0, 1])[:, :2], [1, 2], atol=1e-4), "two that say the same"
+
+
+def test_activations_are_set_alone_or_the_others_follow_within_their_range():
+    s, slopes = torch.tensor([[1.0, 2, 3], [2, 0, 9]]), torch.tensor([[1.0, 0.5, -4]])
+    assert close(pt.set_activations(s, [0], torch.tensor([[2.0]])), [[2, 2, 3], [2, 0, 9]])
+    most = -math.log(1e-4)
+    assert close(pt.set_activations(s, [0], torch.tensor([[2.0], [1.0]]), slopes), [[2, 2.5, 0], [1, 0, most]])
+    both = torch.tensor([[1.0, 0, 2], [0, 1, 0.5]])
+    assert close(pt.set_activations(s, [0, 1], torch.tensor([[2.0, 4.0], [1, 1]]), both), [[2, 4, 6], [1, 1, 7.5]])
+    assert s[0, 0] == 1, "s itself is left alone"
 
 
 # ---- data and traits --------------------------------------------------------------------------------------------
@@ -1278,7 +1307,7 @@ def test_agreement_and_figures_of_a_model_that_knows_all(tmp_path, monkeypatch):
     data, kept = painted(torch.where(known, 0.6, -0.6), known, "ab"), {}
     judge = reader([0, 1])
     judge.real = pt.moments(pt.features_of(judge.embed, data.images, CPU))
-    answers = dict(sample_patronus=data.images, diagnose_patronus={}, raised_prototypes=(0.25, 8),
+    answers = dict(sample_patronus=data.images, diagnose_patronus={}, raised_prototypes=(0.5, 0.25, 8),
                    reconstruct=torch.ones(12, 1, 4, 4))
     for name, answer in answers.items():
         monkeypatch.setattr(pt, name, lambda *a, answer=answer: answer)
@@ -1287,7 +1316,8 @@ def test_agreement_and_figures_of_a_model_that_knows_all(tmp_path, monkeypatch):
     pt.measure_patronus(cfg, Painter(2), {"shape": [1, 4, 4]}, dict(seconds=1.0), [data, data], judge, tmp_path, CPU)
     for name in ("AUROC of s", "agreement, same s and random noise", "agreement, real held-out images"):
         assert kept[name] == {"a": 1, "b": 1}, "every picture shows the traits of the image that s is of"
-    assert kept["raised prototypes that respond"] == 0.25 and kept["traits captured (TAD)"] == 2
+    assert (kept["raised prototypes that respond, alone"], kept["raised prototypes that respond"]) == (0.5, 0.25)
+    assert kept["traits captured (TAD)"] == 2
     assert kept["Frechet distance (not FID), unconditional"] == pytest.approx(0, abs=1e-6)
     assert kept["Frechet distance (not FID), conditional"] > 1e-6
 
