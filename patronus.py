@@ -23,17 +23,18 @@ To make images from nothing, a second, small diffusion model draws s, and the fi
 Where the paper is silent, or where we differ (our choices): DDPM's U-Net, AdamW at 2e-3 (shapes) or 5e-4 with warm-up
 and cosine for a few minutes, instead of 1e-5 for 300 epochs; encoder and prototypes at 0.3 of that rate; prototypes
 start at patches of real images (k-means++) with features scaled to a total variance of 1, where the activation is
-steep, and the denoiser sees s standardised by its start (`--start uniform`: none of this, the paper's); the noise loss
-counts more at high noise, where brightness is settled (`--emphasis`), and in training half of the activations are
-hidden (`--hide`), so that each counts by itself; what s_j is raised to when it is shown or tested: its largest value on
-held-out images, while the others follow as they do there (`company`; --edit sets what you ask for and nothing else);
-64 prototypes of length 32 on shapes; samples come from a moving average of the weights; images are drawn with
-replacement; the latent model is an MLP over standardised s, since the order of prototypes has no locality for 1-D
-convolutions, not clipped, sampled by DDIM through all its levels; the step at which a pattern has emerged: the one
-after which s_j stays above 90 % of its end; which prototypes live, see `prototype_state`; the penalty on correlated
-activations (`--decorrelation`), which the paper leaves open; images of 128 pixels and more take five 5x5 layers, of
-which the paper gives the strides. AUROC is measured on s itself; agreement and leak are judged by a classifier trained
-apart, on real images without a planted bias.
+steep, and the denoiser sees s standardised by its start (`--start uniform`: none of this, the paper's); the noise
+loss counts more at high noise, where brightness is settled (`--emphasis`), and in training half of the activations
+are hidden (`--hide`), so that each counts by itself; what s_j is raised to when it is shown or tested: its largest
+value on held-out images, while the others follow as they do there (`company`; --edit sets what you ask for and
+nothing else); 64 prototypes of length 32 on shapes, and ddpm in 20 steps, whose fresh noise mends what a network of a
+few minutes gets wrong (its deterministic samplers leave noise in the images); samples come from a moving average of
+the weights; images are drawn with replacement; the latent model is an MLP over standardised s, since the order of
+prototypes has no locality for 1-D convolutions, not clipped, sampled by DDIM through all its levels; the step at
+which a pattern has emerged: the one after which s_j stays above 90 % of its end; which prototypes live, see
+`prototype_state`; the penalty on correlated activations (`--decorrelation`), which the paper leaves open; images of
+128 pixels and more take five 5x5 layers, of which the paper gives the strides. AUROC is measured on s itself;
+agreement and leak are judged by a classifier trained apart, on real images without a planted bias.
 """
 import argparse
 import contextlib
@@ -135,7 +136,7 @@ class Config:
     latent_timesteps: int = setting(100, "noise levels of the latent model", low=21, fixed=True)
     # sampling, explaining and measuring
     num_samples: int = setting(500, "images to sample, and to measure on", low=1)
-    sampler: str = setting("dpmpp", "the way from noise to image", choices=("ddim", "ddpm", "dpmpp"))
+    sampler: str = setting("ddpm", "the way from noise to image", choices=("ddim", "ddpm", "dpmpp"))
     sample_steps: int = setting(20, "steps from noise to image", low=1)
     invert_steps: int = setting(100, "steps from image to noise, and back from there", low=1)
     sample_batch: int = setting(250, "images sampled at a time", low=1)
@@ -162,8 +163,8 @@ class Config:
     # The paper's m and D; DDPM's U-Net with attention in the middle only; batch and rate as in the other scripts.
     PHOTOGRAPHS: ClassVar[dict] = dict(
         mirror=True, num_prototypes=100, prototype_dim=128, judge_steps=8000, judge_width=64, channels=128,
-        multipliers="1,2,2,2", blocks=2, dropout=0.1, steps=100_000, batch_size=256, lr=5e-4, latent_steps=40_000,
-        latent_width=1024, save_every=2000, num_samples=10_000)
+        multipliers="1,2,2,2", blocks=2, dropout=0.1, steps=100_000, batch_size=256, lr=5e-4, sampler="dpmpp",
+        latent_steps=40_000, latent_width=1024, save_every=2000, num_samples=10_000)
     LARGER: ClassVar[dict] = {**PHOTOGRAPHS, "image_size": 64, "multipliers": "1,1,2,2,2"}
     PRESETS: ClassVar[dict] = {
         "shapes": {},

@@ -20,7 +20,8 @@ from test_runs import checkpoint, contents, flags, log, same
 CPU = torch.device("cpu")
 SETTINGS = dict(
     dataset="shapes", image_size=16, bias=0.5, num_prototypes=8, prototype_dim=8, start="features", encoder_lr=0.1,
-    distinctness=0.1, decorrelation=0.1, channels=8, multipliers="1,2", blocks=1, attention=0, dropout=0.1,
+    distinctness=0.1, decorrelation=0.1, hide=0.0, emphasis=0.0, channels=8, multipliers="1,2", blocks=1, attention=0,
+    dropout=0.1,
     timesteps=1000, steps=6, batch_size=8, accumulate=1, lr=2e-2, warmup=0.05, weight_decay=1e-4, seed=0, save_every=2,
     log_every=2, device="cpu", amp="off", latent_steps=4, latent_width=8, latent_timesteps=21, num_samples=12,
     sampler="dpmpp", sample_steps=2, invert_steps=2, sample_batch=40, pairs=12, inception="off", judge_steps=3,
@@ -462,7 +463,7 @@ def test_the_loss_is_the_noise_loss_with_s_of_the_clean_image_and_weighted_penal
     model, data, abar = network(), batch(), pt.alpha_bars(1000)
     with torch.no_grad():
         s = model.encode(data.x0)
-        found = losses_of(model, data, distinctness=3.0, decorrelation=0.5)
+        found = losses_of(model, data, distinctness=3.0, decorrelation=0.5, emphasis=0.5)
         plain = losses_of(model, data, distinctness=3.0, decorrelation=0.5, emphasis=0.0)
         eps = model(pt.add_noise(data.x0, data.t, data.eps, abar), data.t, s)
     assert list(found)[0] == "loss" and close(found["diffusion"], F.mse_loss(eps, data.eps), atol=1e-5)
