@@ -2176,7 +2176,7 @@ def edit_patronus(cfg, made, device):
 
 def compare_patronus(cfg, folder, device):
     """Three seeds without bias, with it, with the penalty against it: leaks -> comparison.json, .png, a table."""
-    planted, penalty = (cfg.bias if cfg.bias != 0.5 else 0.95), cfg.decorrelation or 0.1
+    planted, penalty = (cfg.bias if cfg.bias != 0.5 else 0.95), cfg.decorrelation or 0.002
     variants = {"unbiased": dict(bias=0.5, decorrelation=0.0),
                 f"bias {planted:g}": dict(bias=planted, decorrelation=0.0),
                 f"bias {planted:g}, decorrelated": dict(bias=planted, decorrelation=penalty)}

@@ -1509,7 +1509,7 @@ def test_a_comparison_runs_three_seeds_of_three_variants_and_goes_on_where_it_st
     refused(capsys, flags(sample=out), "inside a comparison")
 
 
-def test_a_comparison_plants_0_95_and_weighs_a_tenth_unless_told(tmp_path, monkeypatch, blank):
+def test_a_comparison_plants_0_95_and_weighs_little_unless_told(tmp_path, monkeypatch, blank):
     seen = []
 
     def train(cfg, *a, **k):
@@ -1520,7 +1520,7 @@ def test_a_comparison_plants_0_95_and_weighs_a_tenth_unless_told(tmp_path, monke
     monkeypatch.setattr(pt, "train_patronus", train)
     monkeypatch.setattr(pt, "diagnose_patronus", lambda *a: {"leak": 0.0})
     assert pt.main([*args(out=tmp_path / "c", decorrelation=0), "--compare"]) == 130
-    assert seen == [(0.5, 0), (0.95, 0), (0.95, 0.1)]
+    assert seen == [(0.5, 0), (0.95, 0), (0.95, 0.002)]
 
 
 # ---- folders ----------------------------------------------------------------------------------------------------
