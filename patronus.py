@@ -1161,7 +1161,8 @@ def load_checkpoint(path):
         raise Stop(f"there is no {path}: --resume the run first, or name a run inside a comparison") from None
     except Exception as error:                                # zip, pickle, storage: many kinds, one meaning
         raise Stop(f"{path} is damaged or no checkpoint ({str(error).splitlines()[0][:80]})") from None
-    if not isinstance(state, dict) or state.get("script") != SCRIPT:
+    needed = {"step", "log", "extra", "average"}
+    if not isinstance(state, dict) or state.get("script") != SCRIPT or not needed <= set(state):
         raise Stop(f"{path} is not a checkpoint of {SCRIPT}.py")
     return state
 
