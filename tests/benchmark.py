@@ -32,8 +32,9 @@ def wait(device):
 
 def rate(work, seconds, device):
     """Calls of work() a second, after warming up, over about `seconds`. As in training, nobody waits between calls."""
-    for calls in (3, 1, None):
-        calls = calls or max(1, round(seconds / once))
+    once = seconds
+    for number in (3, 1, None):                               # compiling, one to know how long, then for the time asked
+        calls = number or max(1, round(seconds / once))
         wait(device)
         start = time.perf_counter()
         for _ in range(calls):
