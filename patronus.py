@@ -28,7 +28,7 @@ loss counts more at high noise, where brightness is settled (`--emphasis`), and 
 are hidden (`--hide`), so that each counts by itself; what s_j is raised to when it is shown or tested: its largest
 value on held-out images, while the others follow as they do there (`company`; --edit sets what you ask for and
 nothing else); 64 prototypes of length 32 on shapes, and ddpm in 20 steps, whose fresh noise mends what a network of a
-few minutes gets wrong (its deterministic samplers leave noise in the images); samples come from a moving average of
+few minutes gets wrong (the deterministic samplers leave noise in the images); samples come from a moving average of
 the weights; images are drawn with replacement; the latent model is an MLP over standardised s, since the order of
 prototypes has no locality for 1-D convolutions, not clipped, sampled by DDIM through all its levels; the step at
 which a pattern has emerged: the one after which s_j stays above 90 % of its end; which prototypes live, see
@@ -479,7 +479,7 @@ def scaled(images, index, device, flip=None):
 # --------------------------------------------------------------------------------------------------------------------
 
 def patch_encoder(channels, side, dim):
-    """Images [B, channels, side, side] in [-1, 1] -> patch features z [B, dim, h, w] (section 3.1), h = w.
+    """Images [B, channels, side, side] in [-1, 1] -> patch features z [B, dim, h, w], h = w (the paper's encoder).
 
     Under 128 pixels four 3x3 layers, of which a vector sees 15x15 pixels; else five 5x5 layers. Weights N(0, 0.1).
     """
@@ -586,7 +586,7 @@ class Patronus(nn.Module):
         return activation(patch_distances(self.encoder(x0), self.prototypes))
 
     def encode(self, x0):
-        """Activations by the closest patch, s [B, m] (section 3.1), s_j from 0 to 9.2: what."""
+        """Activations by the closest patch, s [B, m], s_j from 0 to 9.2: what."""
         return activation(patch_distances(self.encoder(x0), self.prototypes).amin((2, 3)))
 
     def forward(self, xt, t, s, x0=None):
@@ -629,7 +629,7 @@ class Patronus(nn.Module):
 
 
 def level_weights(abar, emphasis):
-    """Weight of the noise loss at each noise level, [T], of mean 1: abar ** -emphasis, 50 at most before (choice).
+    """Weight of the noise loss at each noise level, [T]: abar ** -emphasis, cut off at 50, then of mean 1 (choice).
 
     At high noise "all is noise" is nearly right, so the plain loss hardly feels a wrong brightness, which is settled
     there, and the denoiser does not learn to take it from s, although s knows it.
@@ -639,7 +639,7 @@ def level_weights(abar, emphasis):
 
 
 def patronus_loss(cfg, net, batch, abar):
-    """The noise loss, with s from the clean image (section 3.2): it trains denoiser, encoder and prototypes jointly."""
+    """The noise loss, with s from the clean image: it trains denoiser, encoder and prototypes jointly."""
     eps, s, penalties = net(add_noise(batch.x0, batch.t, batch.eps, abar), batch.t, None, batch.x0)
     errors = (eps.float() - batch.eps).square().mean((1, 2, 3))                     # [B]
     weighted = (errors * level_weights(abar, cfg.emphasis)[batch.t]).mean()
@@ -1561,13 +1561,13 @@ def prototype_state(s):
 
 
 def reconstruct(model, cfg, images, device):
-    """uint8 images -> float [N, C, H, W], regenerated from their s and inverted xT (section 4.1)."""
+    """uint8 images -> float [N, C, H, W], regenerated from their s and inverted xT: reconstruct."""
     s, xT = invert_images(model, cfg, images, device)
     return render(model, cfg, s, device, xT)
 
 
 def vary(model, cfg, images, n, device):
-    """uint8 images [N, C, H, W] -> [N, n, C, H, W], regenerated from their s and random xT (section 4.1)."""
+    """uint8 images [N, C, H, W] -> [N, n, C, H, W], regenerated from their s and random xT: variations."""
     s = activations(model, images, device).repeat_interleave(n, 0)
     return render(model, cfg, s, device, shape=images.shape[1:]).view(len(images), n, *images.shape[1:])
 
@@ -1585,7 +1585,7 @@ def spherical(a, b, share):
 
 
 def interpolate(model, cfg, pair, device, n=9):
-    """Between two uint8 images [2, C, H, W], linear in s and spherical in xT (section 4.2) -> [n, C, H, W]."""
+    """Between two uint8 images [2, C, H, W], linear in s and spherical in xT -> [n, C, H, W]."""
     (s, xT), share = invert_images(model, cfg, pair, device), torch.linspace(0, 1, n)
     return render(model, cfg, torch.lerp(s[0], s[1], share[:, None]), device, spherical(*xT, share))
 
@@ -1608,7 +1608,10 @@ def set_activations(s, chosen, values, slopes=None):
 
 
 def move(model, cfg, s, xT, j, values, device, slopes=None):
-    """One image, s [m] and inverted xT [C, H, W], once for each value [n] of its activation j -> [n, C, H, W]."""
+    """One image, s [m] and inverted xT [C, H, W], for each value [n] of its activation j: edit -> [n, C, H, W].
+
+    slopes: of `company` for j, if the others are to follow.
+    """
     rows = set_activations(s.repeat(len(values), 1), [j], torch.as_tensor(values)[:, None], slopes)
     return render(model, cfg, rows, device, xT.expand(len(values), *xT.shape))
 
@@ -1626,7 +1629,9 @@ def best_patches(model, images, chosen, device):
 
 
 def show_prototype(model, cfg, s, xT, j, value, device, slopes=None):
-    """What is prototype j (section 4.3)? Raise s_j of all images s [N, m], xT [N, C, H, W] to value, regenerate.
+    """What is prototype j? Raise s_j of all images s [N, m], xT [N, C, H, W] to value, regenerate.
+
+    slopes: of `company` for j, if the others are to follow.
 
     Returns the image that then responds most, [C, H, W], its response, and the corner of the patch that does.
     """
@@ -1637,7 +1642,7 @@ def show_prototype(model, cfg, s, xT, j, value, device, slopes=None):
 
 
 def emergence(model, cfg, s, device, shape, steps=50):
-    """When (section 4.4): s of the image predicted at every step from random noise -> t [steps], [steps, N, m]."""
+    """When: s of the image predicted at every step from random noise -> t [steps], [steps, N, m]."""
     times, seen, steps = [], [], min(steps, cfg.timesteps)
     cfg = dataclasses.replace(cfg, sampler="ddim", sample_steps=steps, sample_batch=len(s), compile=False)
 
@@ -1656,7 +1661,7 @@ def emerged_at(course, share=0.9):
 
 
 def switch(model, cfg, s_a, s_b, at, device, shape):
-    """Conditioned on s_a [N, m] while t >= at, on s_b below (section 4.4), from random noise -> [N, C, H, W]."""
+    """Conditioned on s_a [N, m] while t >= at, on s_b below: the switch, from random noise -> [N, C, H, W]."""
     def switching(x, t, both):
         return model(x, t, torch.where((t >= at)[:, None], *both.chunk(2, dim=1)))
     return render(switching, dataclasses.replace(cfg, compile=False), torch.cat([s_a, s_b], 1), device, shape=shape)
@@ -1664,7 +1669,7 @@ def switch(model, cfg, s_a, s_b, at, device, shape):
 
 # exercise
 def choose_movers(s, known, a, b, n=3):
-    """The n activations with the best single AUROC for trait a, those best for trait b excluded (section 4.6).
+    """The n activations with the best single AUROC for trait a, those best for trait b excluded.
 
     s [N, m], known bool [N, A]; a, b: columns of known -> a list of n numbers, best first. AUC and 1 - AUC tell as
     much, NaN tells nothing, as 0.5 does. Excluded are the n best for b.
@@ -1676,7 +1681,7 @@ def choose_movers(s, known, a, b, n=3):
 
 
 def diagnose(model, cfg, judge, data, a, b, device, most=300):
-    """Does trait a drag trait b along (section 4.6)? On held-out data -> dict of figures, and images to look at.
+    """Does trait a drag trait b along? On held-out data -> dict of figures, and images to look at.
 
     The movers go to their mean over images of the opposite of a, the others follow as they do on these images, which
     are balanced: nothing but the model ties b to a. Image and edited image start from the same random xT.
@@ -2021,7 +2026,7 @@ def diagnose_patronus(cfg, model, judge, data, folder, device):
 
 
 def explain_patronus(cfg, model, judge, data, folder, device):
-    """Every ability of section 4 as a picture in `folder`, on held-out images. judge: None without traits."""
+    """Every ability of the paper as a picture in `folder`, on held-out images. judge: None without traits."""
     shape, images, s_all = data.images.shape[1:], data.images, activations(model, data.images, device)
     live, top = prototype_state(s_all)[0], s_all.amax(0)
     chosen = torch.where(live, s_all.std(0), -1).topk(min(8, int(live.sum()))).indices.tolist()     # the liveliest

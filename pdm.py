@@ -476,7 +476,7 @@ def scaled(images, index, device, flip=None):
 # --------------------------------------------------------------------------------------------------------------------
 
 def feature_encoder(channels, dim):
-    """f_phi (section 3.1): images [B, channels, S, S] in [-1, 1], S >= 16 -> features z [B, dim]."""
+    """f_phi, the paper's feature encoder: images [B, channels, S, S] in [-1, 1], S >= 16 -> features z [B, dim]."""
     def halve(c_in, c_out):
         return nn.Conv2d(c_in, c_out, 4, stride=2, padding=1)
     return nn.Sequential(halve(channels, 64), nn.ReLU(), halve(64, 128), nn.BatchNorm2d(128), nn.ReLU(),
@@ -538,7 +538,7 @@ def k_means(z, n, seed, restarts=20, rounds=20):
 
 
 class PrototypeAttention(nn.Module):
-    """Cross-attention (section 3.3): pixels h [B, C, H, W] ask, tokens [B, n, D] answer; 8 heads, residual.
+    """The paper's cross-attention: pixels h [B, C, H, W] ask, tokens [B, n, D] answer; 8 heads, residual.
 
     bias [B, n]: added to the logits. With n = 1 the softmax is 1 whatever the pixel holds: a linear map of the token,
     the same everywhere; the queries then receive no gradient.
@@ -685,7 +685,7 @@ class Unconditional(nn.Module):
 
 
 def pdm_loss(cfg, net, batch, abar):
-    """L_diff + L_con + alpha L_align + beta L_comp (section 3.4), each also on its own, and the statistics of learn.
+    """L_diff + L_con + alpha L_align + beta L_comp, the whole loss; each also on its own, and the statistics of learn.
 
     The noise loss reaches prototypes through the chosen row; f_phi receives gradients from the prototype losses alone.
     """

@@ -555,6 +555,12 @@ def damage_script(folder):
     torch.save({**checkpoint(folder), "script": "otherdiffusion"}, folder / "checkpoint.pt")
 
 
+def damage_old(folder):
+    saved = checkpoint(folder)
+    del saved["log"]                                          # a format of earlier days
+    torch.save(saved, folder / "checkpoint.pt")
+
+
 def damage_network(folder):
     saved = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**saved, "channels": 16}))
@@ -575,8 +581,9 @@ def damage_no_config(folder):
 @pytest.mark.parametrize("action", ["resume", "sample", "evaluate"])
 @pytest.mark.parametrize("damage, word", [
     (damage_truncate, "checkpoint.pt"), (damage_noise, "checkpoint.pt"), (damage_foreign, "checkpoint.pt"),
-    (damage_tensor, "checkpoint.pt"), (damage_script, "checkpoint.pt"), (damage_network, "config.json"),
-    (damage_config, "config.json"), (damage_config_list, "config.json"), (damage_no_config, "config.json")])
+    (damage_tensor, "checkpoint.pt"), (damage_script, "checkpoint.pt"), (damage_old, "checkpoint.pt"),
+    (damage_network, "config.json"), (damage_config, "config.json"), (damage_config_list, "config.json"),
+    (damage_no_config, "config.json")])
 def test_a_damaged_or_foreign_run_is_refused_and_left_as_it_is(done, tmp_path, capsys, action, damage, word):
     folder = copied(done, tmp_path)
     damage(folder)
