@@ -1220,6 +1220,17 @@ def test_explanations_show_what_they_say(done, tmp_path, drawn):
         assert row == pytest.approx([share * top[j].item() for share in (0, 0.25, 0.5, 0.75, 1, 1.5)])
     assert drawn["draw_reconstruction"].real.shape == drawn["draw_reconstruction"].inverted.shape == (8, 3, 16, 16)
     assert drawn["draw_variations"].varied.shape == (5, 8, 3, 16, 16)
+    noise = pt.invert_images(model, run.config, drawn["draw_reconstruction"].real, CPU)
+    for k, j in enumerate(chosen[:6]):                        # each image from its own noise, the others following
+        slopes = pt.company(s_all, [j])
+        shown = pt.show_prototype(model, run.config, *noise, j, top[j].item(), CPU, slopes)[0]
+        assert close(seen.shown[k], shown, atol=1e-3)
+        for i in (1, 4):
+            one = pt.move(model, run.config, noise[0][i], noise[1][i], j, [top[j].item()], CPU, slopes)
+            assert close(drawn["draw_consistency"].raised[i][k], one[0], atol=1e-3)
+        wide = drawn["draw_extrapolation"]
+        course = pt.move(model, run.config, noise[0][0], noise[1][0], j, wide.values[k], CPU, slopes)
+        assert close(wide.courses[k], course, atol=1e-3)
     between = drawn["draw_interpolation"]
     assert between.pairs.shape == (3, 2, 3, 16, 16) and between.courses.shape == (3, 9, 3, 16, 16)
     back, whole = drawn["draw_reconstruction"].inverted, between.courses[:, [0, -1]]
