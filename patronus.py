@@ -1024,7 +1024,6 @@ def find_device(name):
 
 def choose_backends(device):
     """Switches that hold for the whole process. On a CPU, attention over small images is fastest as plain products."""
-    torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -1175,15 +1174,6 @@ def load_weights(part, state, path):
         raise Stop(f"{path} holds another network than config.json beside it describes") from None
 
 
-def restore(parts, path):
-    """Load the state of each part (name -> module, optimiser, scaler) from a checkpoint -> its step and log."""
-    state = load_checkpoint(path)
-    for name, part in parts.items():
-        if state[name]:                                       # a scaler that was off has none
-            load_weights(part, state[name], path)
-    return state["step"], state["log"]
-
-
 def load_run(folder, device="auto"):
     """Everything needed to sample from a run: config, model (the average, in eval mode), extra, step, log, device."""
     folder, device = Path(folder), find_device(device)
@@ -1199,7 +1189,8 @@ def train(cfg, model, images, targets, loss_fn, folder, extra, device, on_eval=N
 
     targets [N]: what loss_fn wants to know of each image. loss_fn(net, batch, abar) -> dict of scalars, "loss" first;
     batch: see random_batches. extra: kept in the checkpoint. on_eval(average) -> dict: called every cfg.eval_every
-    steps, off the clock. Returns the moving average of the model, and the log: seconds, rows of log.csv, evals.
+    steps. Returns the moving average of the model, and the log: seconds (of training alone: compiling, measuring and
+    saving are off the clock), rows of log.csv, evals.
     """
     abar, dtype = alpha_bars(cfg.timesteps).to(device), amp_dtype(device, cfg.amp)
     images, targets = place_images(images, device), targets.to(device)
@@ -1210,13 +1201,20 @@ def train(cfg, model, images, targets, loss_fn, folder, extra, device, on_eval=N
     parts = dict(model=model, average=average, optimizer=optimizer, scaler=scaler)
     checkpoint, done, log = folder / "checkpoint.pt", 0, dict(seconds=0.0, skipped=0, rows=[], evals=[])
 
+    def read_clock():
+        log["skipped"] = int(skipped)                         # here alone the host waits for the device
+        log["seconds"] = time.perf_counter() - zero
+
     def save(step):
-        log["skipped"] = int(skipped)
         if RANK == 0:
             states = {name: part.state_dict() for name, part in parts.items()}
             save_safely(dict(script=SCRIPT, step=step, log=log, extra=extra, **states), checkpoint)
     if checkpoint.exists():
-        done, log = restore(parts, checkpoint)
+        state = load_checkpoint(checkpoint)
+        done, log = state["step"], state["log"]
+        for name, part in parts.items():
+            if state[name]:                                   # a scaler that was off has none
+                load_weights(part, state.pop(name), checkpoint)
         for group, asked in zip(optimizer.param_groups, model.param_groups(cfg)):           # what may have changed
             group.update(factor=asked["factor"], start=asked["start"], weight_decay=cfg.weight_decay)
     net = nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
@@ -1224,12 +1222,7 @@ def train(cfg, model, images, targets, loss_fn, folder, extra, device, on_eval=N
     skipped, in_a_row = torch.tensor(float(log["skipped"]), device=device), 0
     if not done:
         save(0)
-    sums, logged, start, clock = {}, done, log["seconds"], time.perf_counter()
-
-    def tick():
-        nonlocal clock
-        log["seconds"] += time.perf_counter() - clock
-        clock = time.perf_counter()
+    sums, logged, start, zero = {}, done, log["seconds"], time.perf_counter() - log["seconds"]
     with interruptible() as asked:
         for step in range(done, cfg.steps):
             for group in optimizer.param_groups:
@@ -1244,17 +1237,19 @@ def train(cfg, model, images, targets, loss_fn, folder, extra, device, on_eval=N
             bad = safe_step(optimizer, scaler)
             update_average(average, model, step)
             skipped, in_a_row, now = skipped + bad, (in_a_row + 1) * bad, step + 1
+            if cfg.compile and step == done:
+                zero = time.perf_counter() - log["seconds"]   # compiling is over
 
             if now % cfg.log_every == 0 or now == cfg.steps:
                 means = torch.stack(list(sums.values())) / (now - logged) / WORLD
                 if WORLD > 1:
                     dist.all_reduce(means)
-                losses = dict(zip(sums, means.tolist()))      # here alone the host waits for the device
-                tick()
+                losses = dict(zip(sums, means.tolist()))
+                read_clock()
                 speed = (now - logged) * cfg.batch_size / (log["seconds"] - start)
                 sums, logged, start = {}, now, log["seconds"]
                 log["rows"].append({"step": now, **losses, "learning rate": learning_rate(step, cfg),
-                                    "images/s": speed, "seconds": log["seconds"], "skipped steps": int(skipped)})
+                                    "images/s": speed, "seconds": log["seconds"], "skipped steps": log["skipped"]})
                 if RANK == 0:
                     write_csv(folder / "log.csv", log["rows"])
                 progress(f"step {now}/{cfg.steps}  loss {losses['loss']:.4f}  {speed:.0f} images/s  "
@@ -1263,13 +1258,14 @@ def train(cfg, model, images, targets, loss_fn, folder, extra, device, on_eval=N
                     raise Stop(f"the last {int(in_a_row)} gradients were not finite, and no step was taken: "
                                f"{checkpoint} is sound; --resume it with a lower --lr, or with --amp bf16 or off")
             if on_eval and (now % cfg.eval_every == 0 or now == cfg.steps):
-                tick()
+                read_clock()
                 log["evals"].append({"step": now, "seconds": log["seconds"], **on_eval(average)})
-                clock = time.perf_counter()
+                zero = time.perf_counter() - log["seconds"]
             stop = asked and WORLD == 1 and now < cfg.steps
             if stop or now % cfg.save_every == 0 or now == cfg.steps:
-                tick()
+                read_clock()
                 save(now)
+                zero = time.perf_counter() - log["seconds"]
             if stop:
                 raise KeyboardInterrupt
     return average, log
