@@ -33,7 +33,7 @@ def wait(device):
 def rate(work, seconds, device):
     """Calls of work() a second, after warming up, over about `seconds`. As in training, nobody waits between calls."""
     once = seconds
-    for number in (3, 1, None):                               # compiling, one to know how long, then for the time asked
+    for number in (2, 1, None):                               # warming up, one to know how long, then the time asked
         calls = number or max(1, round(seconds / once))
         wait(device)
         start = time.perf_counter()
@@ -82,7 +82,6 @@ def profiled(work, device, calls):
     with torch.profiler.profile(activities=activities) as profile:
         for _ in range(calls):
             work()
-        wait(device)
     events, gpu = profile.events(), device.type == "cuda"
     kernels = sorted((e.time_range.start, e.time_range.end, e.name) for e in events
                      if e.device_type == torch.autograd.DeviceType.CUDA and not e.is_user_annotation)
@@ -94,7 +93,7 @@ def profiled(work, device, calls):
     for name, microseconds in named:
         spent[kind_of(name)] += microseconds
     total = sum(spent.values()) or 1.0
-    waits = sum(bool(re.fullmatch(r"cuda\w*Synchronize", e.name)) for e in events) - 1            # one is ours
+    waits = sum(bool(re.fullmatch(r"cuda\w*Synchronize", e.name)) for e in events) - 1    # one is the profiler's
     order = "self_device_time_total" if gpu else "self_cpu_time_total"
     return {"idle": 1 - busy / (until - kernels[0][0]) if kernels else None, "waits": waits / calls if gpu else None,
             "shares": {kind: time / total for kind, time in spent.items()},
@@ -108,7 +107,8 @@ def norm_by_sums(self, x):
     """
     B, C, G = *x.shape[:2], self.num_groups
     mean, square = (v.mean((2, 3)).view(B, G, -1).mean(2) for v in (x.float(), x.float().square()))          # [B, G]
-    scale = (square - mean ** 2 + self.eps).rsqrt().repeat_interleave(C // G, 1) * self.weight               # [B, C]
+    deviation = ((square - mean ** 2).clamp(min=0) + self.eps).sqrt()
+    scale = self.weight / deviation.repeat_interleave(C // G, 1)                                             # [B, C]
     shift = self.bias - mean.repeat_interleave(C // G, 1) * scale
     return (x * scale[:, :, None, None] + shift[:, :, None, None]).to(x.dtype)
 
@@ -176,6 +176,10 @@ def measure(job):
                 script.safe_step(optimizer, scaler)
             script.update_average(average, model, step.n)
             step.n += 1
+    start = time.perf_counter()
+    work()
+    wait(device)
+    result["seconds to begin"] = time.perf_counter() - start  # compiling, and the first call
     result["images/s"] = rate(work, job["seconds"], device) * per_call
     result["MiB"] = peak_memory(device)
     result["GFLOP an image"] = passes * counter.get_total_flops() / 1e9

@@ -1,18 +1,20 @@
 """CIFAR-10 on one GPU in five pieces that fit short loans of a machine (no test).
 
     python tests/gpu.py speed   --data DIR    4 min  matrix rate, training and sampling of each script, where time goes
-    python tests/gpu.py recipe  --data DIR    3 min  learning rate, batch, length of the average, guidance, sampler
+    python tests/gpu.py recipe  --data DIR    4 min  learning rate, batch, length of the average, guidance, sampler
     python tests/gpu.py compare --data DIR    6 min  random, frozen, unfrozen prototypes; again at raw scale; more seeds
-    python tests/gpu.py best    --data DIR    6 min  one long run of what recipe and compare found best
+    python tests/gpu.py best    --data DIR    5 min  one long run of what recipe and compare found best
     python tests/gpu.py others  --data DIR    6 min  Patronus, s-PDM, PDM
 
-DIR is a folder data set, train/<class>/* and test/<class>/*. A piece takes --minutes: how long it trains follows from
-the images/s that it measures first, it begins nothing that would not fit, and whether full or cut off it goes on by the
-same command. Choices are made on training images alone, by the distance of samples to them in the features of one
-classifier, the same for all pieces. --out keeps runs, checkpoints and that classifier. --report gets at most 7 small
-files: for each piece a tar.gz of figures, logs and pictures; summary.json (in --out on another machine it tells the
-pieces there what was found here, and each does what it has not done); summary.md. --rehearse: tiny networks on a CPU,
-on images of its own if there is no --data; its figures mean nothing.
+DIR is a folder data set, train/<class>/* and test/<class>/*. A call may name several pieces, which then share what is
+compiled; --minutes is the time of all of them. How long runs train follows from the images/s that are measured first
+and from the time that is left then. A piece begins nothing that would not fit, keeps what failed as such, and whether
+full or cut off it goes on by the same command. Networks are compiled in pieces of more than 7 minutes; in shorter ones
+compiling, up to two minutes a graph, would cost more than it brings. Choices are made on training images alone, by the distance of samples to them
+in the features of one classifier, the same for all pieces. --out keeps runs, checkpoints and that classifier. --report
+gets at most 7 small files: for each piece a tar.gz of figures, logs and pictures; summary.json (in --out on another
+machine it tells the pieces there what was found here, and each does what it has not done); summary.md. --rehearse: tiny
+networks on a CPU, on images of its own if there is no --data; its figures mean nothing.
 """
 import argparse
 import contextlib
@@ -25,6 +27,7 @@ import signal
 import sys
 import tarfile
 import time
+import traceback
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -38,7 +41,7 @@ import pdm  # noqa: E402
 import protodiffusion as proto  # noqa: E402
 
 SCRIPTS = dict(protodiffusion=proto, pdm=pdm, patronus=patronus)
-MINUTES = dict(speed=4, recipe=3, compare=6, best=6, others=6)
+MINUTES = dict(speed=4, recipe=4, compare=6, best=5, others=6)
 FULL = dict(batch_size=512, lr=1e-3, compile=True, learner_steps=2000, judge_steps=3000, latent_steps=8000,
             invert_steps=50, sample_batch=500, inception="off", log_every=50)
 TINY = dict(image_size=16, channels=8, multipliers="1,1", blocks=1, attention=8, num_prototypes=6, prototype_dim=8,
@@ -50,27 +53,44 @@ TINY = dict(image_size=16, channels=8, multipliers="1,1", blocks=1, attention=8,
 class Piece:
     """What a piece works with: clock, folder, settings, and what was found so far, by it and by other pieces."""
     def __init__(self, args):
-        self.args, self.name, self.began, self.begun = args, args.piece, time.monotonic(), 0
-        self.out, self.folder, self.budget = Path(args.out), Path(args.out, args.piece), 60 * args.minutes   # seconds
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.args, self.out, self.rates = args, Path(args.out), {}
         self.device = proto.find_device("cpu" if args.rehearse else "auto")
         self.machine = proto.machine(self.device)
         saved = self.out / "summary.json"
         self.summary = json.loads(saved.read_text()) if saved.exists() else {"training images/s": {}, "minutes": {}}
-        self.found, self.before = self.summary.setdefault(self.name, {}), self.summary["minutes"].get(self.name, 0)
+
+    def start(self, name, until):
+        """Turn to the piece `name`, which has the time until time.monotonic() is `until`."""
+        self.name, self.folder, self.until, self.begun = name, self.out / name, until, 0
+        self.began = time.monotonic()
+        self.budget = until - self.began                      # seconds
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.found, self.before = self.summary.setdefault(name, {}), self.summary["minutes"].get(name, 0)
+        self.keep()
 
     def left(self):
-        return self.budget - (time.monotonic() - self.began)
+        return self.until - time.monotonic()
 
-    def begins(self, name, seconds):
-        """Whether this is still to do and, unless it is the first thing in a call, takes no more than what is left."""
+    def do(self, name, seconds, work):
+        """Keep the figures of work() under its name: if it is still to do and, but for the first in a call, fits.
+
+        It takes about `seconds`. What fails is kept as failed, and the next one has its turn.
+        """
         if name in self.found:
-            return False
-        fits = not self.begun or self.left() >= seconds
+            return
+        fits = not self.begun or self.left() > seconds
         print(f"--- {self.name}: {name}" + (f", {self.left():.0f} s left" if fits else " must wait: the same command "
                                             "goes on with it"), flush=True)
-        self.begun += fits
-        return fits
+        if not fits:
+            return
+        self.begun += 1
+        try:
+            figures = work()
+        except Exception as error:
+            traceback.print_exc()
+            figures = {"failed": f"{type(error).__name__}: {error}"[-2000:]}
+            print(f"{name} failed: {figures['failed']}", flush=True)
+        self.keep(name, figures)
 
     def keep(self, name=None, figures=None):
         """Remember what was found, at once, and write the report."""
@@ -81,9 +101,19 @@ class Piece:
         report(self.out, Path(self.args.report or self.out / "report"), self.name)
 
     def settings(self, script, **changes):
-        """Settings for this machine, as far as the script has them."""
-        chosen = {**FULL, **changes, **(TINY if self.args.rehearse else {})}
+        """Settings for this machine and this piece, as far as the script has them."""
+        chosen = {**FULL, "compile": self.name == "speed" or self.budget > 420, **changes,
+                  **(TINY if self.args.rehearse else {})}
         return {f.name: chosen[f.name] for f in dataclasses.fields(script.Config) if f.name in chosen}
+
+    def seconds(self, share, reserve, **changes):
+        """Of training, for each run of this piece: a share of what is left, but for a reserve, once judge and network
+        are ready."""
+        if "seconds of training" not in self.found:
+            self.judge                                        # trains it
+            self.rate(proto, self.settings(proto, **changes))
+            self.keep("seconds of training", max(0.05 * self.left(), share * (self.left() - reserve)))
+        return self.found["seconds of training"]
 
     def config(self, script, name, seconds, **changes):
         """Settings of a run, and its folder. Its training takes `seconds`; a run that has begun keeps its steps."""
@@ -101,13 +131,17 @@ class Piece:
         return cfg, folder
 
     def rate(self, script, chosen):
-        """Training images/s of a script's network on this machine, measured once for each batch."""
-        key, rates = f"{script.SCRIPT}, batch {chosen['batch_size']}, {self.machine}", self.summary["training images/s"]
-        if key not in rates:
-            job = dict(script=script.SCRIPT, dataset="cifar10", kind="step", seconds=0.05 if self.args.rehearse else 3,
-                       device=str(self.device), batch=chosen["batch_size"], compile=chosen["compile"], settings=chosen)
-            rates[key] = benchmark.measure(job)["images/s"]
-        return rates[key]
+        """Training images/s of a script's network on this machine; compiles it. Measured once in a process."""
+        key = f"{script.SCRIPT}, batch {chosen['batch_size']}{', compiled' * chosen['compile']}, {self.machine}"
+        if key not in self.rates:
+            job = dict(script=script.SCRIPT, dataset="cifar10", seconds=0.05 if self.args.rehearse else 3,
+                       device=str(self.device), compile=chosen["compile"], settings=chosen)
+            found = benchmark.measure({**job, "kind": "step", "batch": chosen["batch_size"]})
+            if chosen["compile"]:
+                benchmark.measure({**job, "kind": "sampling", "batch": chosen["sample_batch"], "seconds": 0.01})
+            self.rates[key] = found["images/s"]
+            self.summary["training images/s"][key] = {key: found[key] for key in ("images/s", "seconds to begin")}
+        return self.rates[key]
 
     @functools.cached_property
     def sets(self):
@@ -198,8 +232,9 @@ def quality(piece, cfg, extra, model, **changes):
 
 
 def nearest(found):
-    """Of figures by name, the name of those with the least Frechet distance."""
-    return min(found, key=lambda name: found[name]["frechet"])
+    """Of figures by name, the name of those with the least Frechet distance, or None if all failed."""
+    return min((name for name in found if "frechet" in found[name]), key=lambda name: found[name]["frechet"],
+               default=None)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -213,14 +248,13 @@ def speed(piece):
     piece.keep("matrix product", {"TFLOP/s": peak, "machine": piece.machine, "torch": torch.__version__})
     rows = [("protodiffusion", "step", True, ""), ("protodiffusion", "sampling", True, ""),
             ("protodiffusion", "step", False, "")]
+    rows += [("protodiffusion", "step", False, variant) for variant in benchmark.VARIANTS]
+    rows += [("protodiffusion", "plain step", False, ""), ("pdm", "step", False, ""), ("patronus", "step", False, "")]
     rows += [("protodiffusion", "step", True, variant) for variant in benchmark.VARIANTS]
     rows += [(script, kind, True, "") for kind in ("step", "sampling") for script in ("pdm", "patronus")]
-    rows += [("protodiffusion", "step", False, variant) for variant in benchmark.VARIANTS]
-    rows += [("protodiffusion", "plain step", False, ""), ("protodiffusion", "sampling", False, ""),
-             ("pdm", "step", False, ""), ("patronus", "step", False, "")]
+    rows += [("protodiffusion", "sampling", False, "")]
     for script, kind, compiled, variant in rows:
-        name = ", ".join(filter(None, (script, kind, "compiled" * compiled, variant)))
-        if piece.begins(name, 0.2 * piece.budget):
+        def row():
             chosen = piece.settings(SCRIPTS[script])
             job = dict(script=script, dataset="cifar10", kind=kind, seconds=seconds, device=str(piece.device),
                        batch=chosen["sample_batch" if kind == "sampling" else "batch_size"], variant=variant,
@@ -229,73 +263,89 @@ def speed(piece):
             row = benchmark.measure_apart(job, peak)
             text = f"{benchmark.HEADER}\n{benchmark.as_text(row)}"
             print(text, flush=True)
-            figures = ("images/s", "of matrix rate", "GFLOP an image", "MiB") + \
+            figures = ("images/s", "of matrix rate", "GFLOP an image", "MiB", "seconds to begin") + \
                 ("minutes for 50,000",) * (kind == "sampling")
-            piece.keep(name, {**{key: row[key] for key in figures}, "text": text})
+            return {**{key: row[key] for key in figures}, "text": text}
+        name = ", ".join(filter(None, (script, kind, "compiled" * compiled, variant)))
+        piece.do(name, (0.5 if compiled else 0.15) * piece.budget, row)             # compiling takes a minute or two
 
 
 def recipe(piece):
     """Runs of equal time from random tables; then guidance, sampler and steps for the best of them."""
-    seconds = 0.12 * piece.budget
+    seconds = piece.seconds(1 / 4, reserve=80)            # to sample and judge
     runs = {"lr 1e-3": {}, "lr 5e-4": dict(lr=5e-4), "lr 2e-3": dict(lr=2e-3), "batch 256": dict(batch_size=256)}
     for name, changes in runs.items():
-        if piece.begins(name, 1.3 * seconds):
+        def run():
             cfg, folder = piece.config(proto, name, seconds, prototypes="random", num_samples=1000, **changes)
             with other_averages((1 / 3, 3) if name == "lr 1e-3" else ()) as averages:
                 model, extra, _ = proto.train_run(cfg, folder, piece.sets, piece.device)
             for factor, other in averages.items():
                 piece.keep(f"lr 1e-3, average {factor:.2g} x as long", quality(piece, cfg, extra, other))
-            piece.keep(name, {"steps": cfg.steps, **quality(piece, cfg, extra, model)})
+            return {"steps": cfg.steps, **quality(piece, cfg, extra, model)}
+        piece.do(name, 1.5 * seconds, run)
     best = nearest({name: piece.found[name] for name in runs if name in piece.found})
-    made = proto.load_run(piece.folder / best, str(piece.device))
+    if best is None:
+        return
     ways = {f"{sampler}, {steps} steps, guidance {w}": dict(sampler=sampler, sample_steps=steps, guidance=w)
             for sampler, steps, w in (("dpmpp", 20, 0.0), ("dpmpp", 20, 0.3), ("dpmpp", 20, 0.6), ("dpmpp", 20, 1.0),
-                                      ("dpmpp", 20, 1.5), ("ddim", 20, 0.3), ("dpmpp", 10, 0.3), ("dpmpp", 40, 0.3))}
-    for name, way in ways.items():
-        if piece.begins(name, 10):
-            piece.keep(name, quality(piece, made.config, made.extra, made.model, **way))
-    done = {name: piece.found[name] for name in ways if name in piece.found and ", 20 steps" in name}
-    way = {key: ways[nearest(done)][key] for key in ("sampler", "guidance")} if done else {}
-    piece.keep("chosen", {"lr": made.config.lr, "batch_size": made.config.batch_size, **way})
+                                      ("dpmpp", 20, 1.5), ("ddim", 20, 0.3), ("ddpm", 20, 0.3), ("ddpm", 50, 0.3),
+                                      ("dpmpp", 10, 0.3), ("dpmpp", 40, 0.3))}
+    if (piece.folder / best / "checkpoint.pt").exists():      # not on another machine
+        made = proto.load_run(piece.folder / best, str(piece.device))
+        for name, way in ways.items():
+            piece.do(name, 15, lambda: quality(piece, made.config, made.extra, made.model, **way))
+    done = nearest({name: piece.found[name] for name in ways if name in piece.found and ", 20 steps" in name})
+    way = {key: ways[done][key] for key in ("sampler", "guidance")} if done else {}
+    piece.keep("chosen", {"lr": FULL["lr"], "batch_size": FULL["batch_size"], **runs[best], **way})
 
 
 def compare(piece):
     """`protodiffusion.py --compare` at equal scale and seed 0; then at raw scale; then more seeds."""
-    seconds, first = 0.17 * piece.budget, piece.folder / "rms-seed-0"               # three runs, and half for the rest
+    chosen = piece.summary.get("recipe", {}).get("chosen", {})
+    seconds, first = piece.seconds(1 / 3, reserve=150, **chosen), piece.folder / "rms-seed-0"      # stage 1, evaluations
     for scale, seed in (("rms", 0), ("raw", 0), ("rms", 1), ("rms", 2)):
         name = f"{scale}-seed-{seed}"
-        if piece.begins(name, 4 * seconds):
-            same = {"steps": piece.found["rms-seed-0"]["steps"]} if "rms-seed-0" in piece.found else {}
+
+        def run():
+            done = piece.found.get("rms-seed-0", {})
+            same = {"steps": done["steps"]} if "steps" in done else {}
             cfg, folder = piece.config(proto, name, seconds, compare=True, scale=scale, seed=seed, num_samples=1000,
-                                       **piece.summary.get("recipe", {}).get("chosen", {}), **same)
+                                       **chosen, **same)
             if scale == "raw" and first.exists() and not (folder / "random").exists():
                 shutil.copytree(first / "random", folder / "random")                # a random table has one scale
             proto.compare(cfg, piece.sets, folder, piece.device)
             done = json.loads((folder / "comparison.json").read_text())
-            piece.keep(name, {"steps": cfg.steps, "real held-out images": done["real held-out images"], **{
+            return {"steps": cfg.steps, "real held-out images": done["real held-out images"], **{
                 variant: {**v["history"][-1], **{key: v[key] for key in v if key != "history"}}
-                for variant, v in done["variants"].items()}})
+                for variant, v in done["variants"].items()}}
+        piece.do(name, (2 if scale == "raw" else 3) * seconds + 100, run)
 
 
 def best(piece):
     """A run of the best settings and kind of prototypes, with its metrics and pictures; then guidance again."""
     changes = dict(piece.summary.get("recipe", {}).get("chosen", {}))
     tried = {(key.split("-")[0], variant): found[variant] for key, found in piece.summary.get("compare", {}).items()
-             for variant in ("frozen", "unfrozen") if key.endswith("seed-0")}
-    if tried:
+             for variant in ("frozen", "unfrozen") if key.endswith("seed-0") and variant in found}
+    if nearest(tried):
         changes["scale"], changes["prototypes"] = nearest(tried)
-    cfg, folder = piece.config(proto, "run", 0.65 * piece.budget, **changes)
-    model, extra, log = proto.train_run(cfg, folder, piece.sets, piece.device)
-    if piece.begins("metrics", 0):
+    if "run" in piece.found and not (piece.folder / "run" / "checkpoint.pt").exists():
+        return print("the run is done, on another machine")
+
+    def run():
+        cfg, folder = piece.config(proto, "run", piece.seconds(1, reserve=80, **changes), **changes)
+        model, extra, log = proto.train_run(cfg, folder, piece.sets, piece.device)
         proto.measure(cfg, model, extra, log, piece.sets, folder, piece.device)
         done = json.loads((folder / "metrics.json").read_text())
-        found = {key: done[key] for key in ("parameters", "seconds", "stage 1", "results")}
-        piece.keep("metrics", {"settings": changes, "steps": cfg.steps, **found,
-                               "training images/s": log["rows"][-1]["images/s"]})
+        return {"settings": changes, "steps": cfg.steps, "training images/s": log["rows"][-1]["images/s"],
+                **{key: done[key] for key in ("parameters", "seconds", "stage 1", "results")}}
+    piece.do("run", 0, run)
+    if "failed" in piece.found["run"]:
+        return
+    made = proto.load_run(piece.folder / "run", str(piece.device))
+    few = min(2000, made.config.num_samples)
     for w in (0.0, 0.3, 0.6, 1.0, 1.8):
-        if piece.begins(f"guidance {w}", 10):
-            few = min(2000, cfg.num_samples)
-            piece.keep(f"guidance {w}", quality(piece, cfg, extra, model, guidance=w, num_samples=few))
+        piece.do(f"guidance {w}", 20, lambda: quality(piece, made.config, made.extra, made.model, guidance=w,
+                                                      num_samples=few))
 
 
 def others(piece):
@@ -304,7 +354,7 @@ def others(piece):
     runs = {"patronus": (patronus, {}), "s-pdm": (pdm, dict(supervised=True)),
             "pdm": (pdm, dict(encoder_lr=0.0, tau=0.0))}
     for name, (script, changes) in runs.items():
-        if piece.begins(name, 1.3 * seconds):
+        def run():
             cfg, folder = piece.config(script, name, seconds, num_samples=2000, **changes)
             if script is patronus:
                 model, extra, log = patronus.train_patronus(cfg, folder, sets, piece.device)
@@ -315,8 +365,9 @@ def others(piece):
                 model, extra, log = pdm.train_pdm(cfg, folder, sets, piece.device)
                 pdm.measure_pdm(cfg, model, extra, log, sets, folder, piece.device)
             done = json.loads((folder / "metrics.json").read_text())
-            piece.keep(name, {"steps": cfg.steps, "training images/s": log["rows"][-1]["images/s"], **{
-                key: done[key] for key in ("seconds", "results", "prototypes", "cost") if key in done}})
+            return {"steps": cfg.steps, "training images/s": log["rows"][-1]["images/s"], **{
+                key: done[key] for key in ("seconds", "results", "prototypes", "cost") if key in done}}
+        piece.do(name, 1.4 * seconds, run)
 
 
 def rehearsal_images(folder):
@@ -334,33 +385,36 @@ def main(argv=None):
     """The command line. Returns 0, or 130 if it was cut off."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     pieces = dict(speed=speed, recipe=recipe, compare=compare, best=best, others=others)
-    parser.add_argument("piece", choices=pieces)
+    parser.add_argument("piece", nargs="+", choices=pieces)
     parser.add_argument("--data", help="folder data set")
     parser.add_argument("--out", default="runs/gpu", help="runs and checkpoints [runs/gpu]")
     parser.add_argument("--report", help="small files to bring back [OUT/report]")
     parser.add_argument("--minutes", type=float, help="of this call, start and end included [see above]")
     parser.add_argument("--rehearse", action="store_true", help="on a CPU, in about a minute")
     args = parser.parse_args(argv)
-    args.minutes = args.minutes or (1 if args.rehearse else MINUTES[args.piece])
+    shares, start = [1 if args.rehearse else MINUTES[name] for name in args.piece], time.monotonic()
+    minutes = args.minutes or sum(shares)
     piece = Piece(args)
-    if not args.data and args.piece != "speed":
+    if not args.data and args.piece != ["speed"]:
         args.data = rehearsal_images(piece.out / "data") if args.rehearse else parser.error("--data DIR is missing")
     for script in SCRIPTS.values():
         script.choose_backends(piece.device)
-    with open(piece.folder / "log.txt", "a", encoding="utf-8") as file, one_judge(piece.out):
-        terminal = sys.stdout
-        both = SimpleNamespace(write=lambda text: (terminal.write(text), file.write(text)), isatty=lambda: False,
-                               flush=lambda: (terminal.flush(), file.flush()))
-        with contextlib.redirect_stdout(both):
-            try:
-                pieces[args.piece](piece)
-            except KeyboardInterrupt:
-                print(f"cut off: the same command goes on ({'; '.join(piece.found) or 'nothing'} is done)")
-                return 130
-            finally:
-                print(f"{args.piece}: {piece.before + (time.monotonic() - piece.began) / 60:.1f} min so far")
-                both.flush()
-                piece.keep()
+    for i, name in enumerate(args.piece):
+        piece.start(name, start + 60 * minutes * sum(shares[:i + 1]) / sum(shares))
+        with open(piece.folder / "log.txt", "a", encoding="utf-8") as file, one_judge(piece.out):
+            terminal = sys.stdout
+            both = SimpleNamespace(write=lambda text: (terminal.write(text), file.write(text)), isatty=lambda: False,
+                                   flush=lambda: (terminal.flush(), file.flush()))
+            with contextlib.redirect_stdout(both):
+                try:
+                    pieces[name](piece)
+                except KeyboardInterrupt:
+                    print(f"cut off: the same command goes on ({'; '.join(piece.found) or 'nothing'} is done)")
+                    return 130
+                finally:
+                    print(f"{name}: {piece.before + (time.monotonic() - piece.began) / 60:.1f} min so far")
+                    both.flush()
+                    piece.keep()
     return 0
 
 

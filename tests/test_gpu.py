@@ -1,5 +1,6 @@
 """The programme of gpu.py, rehearsed: what a machine is rented for must not fail there. And benchmark.py, tiny."""
 import json
+import shutil
 import tarfile
 import time
 
@@ -19,15 +20,15 @@ def backends(monkeypatch):
 
 @pytest.fixture
 def programme(tmp_path, monkeypatch):
-    """run(piece, minutes, full=False) -> status, what was found; full: no time is left but for one thing.
+    """run(pieces, minutes, full=False) -> status, what was found; full: no time is left but for one thing.
 
     The machine trains 4 steps a second, it says. run.steps counts training steps, and Ctrl-C comes at run.stop_at.
     """
     data = gpu.rehearsal_images(tmp_path / "images")
 
-    def run(piece, minutes, full=False):
-        monkeypatch.setattr(gpu.Piece, "left", lambda self: 0 if full else 1e9)
-        status = gpu.main([piece, "--rehearse", "--data", data, "--out", str(run.out), "--minutes", str(minutes)])
+    def run(pieces, minutes, full=False):
+        monkeypatch.setattr(gpu.Piece, "left", lambda self: 0 if full else 60 * minutes)
+        status = gpu.main([*pieces.split(), "--rehearse", "--data", data, "--out", str(run.out), "--minutes", str(minutes)])
         return status, json.loads((run.out / "summary.json").read_text())
     run.out, run.steps, run.stop_at = tmp_path / "out", 0, None
     for script in gpu.SCRIPTS.values():
@@ -50,14 +51,19 @@ def report_holds_small_files_alone(folder):
     return names
 
 
-def test_steps_follow_from_measured_rate_and_budget(programme):
-    for name, minutes in (("short", 0.25), ("long", 0.5)):
-        piece = gpu.Piece(gpu.argparse.Namespace(piece="best", out=programme.out, minutes=minutes, rehearse=True,
-                                                 data="images", report=None))
-        cfg, folder = piece.config(gpu.proto, name, 0.65 * piece.budget)
-        assert cfg.steps == round(0.65 * 60 * minutes * 4), "seconds x images/s / images a step"
+def test_steps_follow_from_measured_rate_and_the_time_that_is_left(programme, monkeypatch):
+    monkeypatch.setattr(gpu.Piece, "judge", None)
+    for name, minutes, seconds in (("short", 3, 180 - 80), ("long", 5, 300 - 80), ("none", 1, 0.05 * 60)):
+        monkeypatch.setattr(gpu.Piece, "left", lambda self: 60 * minutes)
+        piece = gpu.Piece(gpu.argparse.Namespace(piece=["best"], out=programme.out / name, rehearse=True, data="images",
+                                                 report=None))
+        piece.start("best", time.monotonic() + 60 * minutes)
+        cfg, folder = piece.config(gpu.proto, name, piece.seconds(1, reserve=80))
+        assert cfg.steps == round(seconds * 4), "seconds x images/s / images a step"
         assert gpu.proto.Config(**gpu.proto.read_config(folder)) == cfg
         assert piece.config(gpu.proto, name, 1000)[0].steps == cfg.steps, "a run that has begun keeps its steps"
+        monkeypatch.setattr(gpu.Piece, "left", lambda self: 1.0)
+        assert piece.seconds(1, reserve=80) == seconds, "all runs of a piece have equal time"
 
 
 def test_pieces_follow_one_another_and_go_on_after_a_cut(programme):
@@ -65,19 +71,51 @@ def test_pieces_follow_one_another_and_go_on_after_a_cut(programme):
     assert status == 0 and programme.steps == 3 and found["recipe"]["chosen"]["lr"] == 1e-3
     assert {"lr 1e-3", "lr 1e-3, average 3 x as long", "chosen"} <= set(found["recipe"])
     first = found["recipe"]["lr 1e-3"]
-    status, found = programme("recipe", 0.05)
+    status, found = programme("recipe", 1)
     assert status == 0 and programme.steps == 3 * 4 and found["recipe"]["lr 1e-3"] == first
     chosen, ways = found["recipe"]["chosen"], [name for name in found["recipe"] if "20 steps" in name]
-    assert len(ways) == 6 and f"{chosen['sampler']}, 20 steps, guidance {chosen['guidance']}" in ways
+    assert len(ways) == 7 and f"{chosen['sampler']}, 20 steps, guidance {chosen['guidance']}" in ways
 
     programme.steps, programme.stop_at = 0, 9
-    assert programme("best", 0.1)[0] == 130, "cut in step 9 of 16"
-    status, found = programme("best", 0.1)
+    assert programme("best", 4 / 3)[0] == 130, "cut in step 9 of 16: 5 % of 80 s, 4 steps a second"
+    status, found = programme("best", 4 / 3)
     assert status == 0 and programme.steps == 9 + 16 - 8, "on from the checkpoint of step 8"
-    assert found["best"]["metrics"]["steps"] == 16 and found["best"]["metrics"]["settings"] == chosen
+    assert found["best"]["run"]["steps"] == 16 and found["best"]["run"]["settings"] == chosen
     names = report_holds_small_files_alone(programme.out / "report")
     assert {"best/log.txt", "best/run/metrics.json", "best/run/samples.png", "best/run/log.csv"} <= set(names)
     assert "cut off" in (programme.out / "best" / "log.txt").read_text()
+
+    other = programme.out.parent / "other machine"            # which gets the summary alone
+    other.mkdir()
+    shutil.copy(programme.out / "report" / "summary.json", other)
+    programme.out, programme.steps, programme.stop_at = other, 0, None
+    status, again = programme("recipe best", 1)
+    assert status == 0 and programme.steps == 0, "what is done elsewhere is not done again"
+    assert again["recipe"] == found["recipe"] and again["best"] == found["best"]
+
+
+def test_what_fails_is_kept_and_the_rest_goes_on(programme, monkeypatch, capsys):
+    def train_run(cfg, *given, real=gpu.proto.train_run):
+        if cfg.lr == 1e-3 and cfg.batch_size == 16:
+            raise gpu.proto.Stop("it diverged")
+        return real(cfg, *given)
+    monkeypatch.setattr(gpu.proto, "train_run", train_run)
+    for _ in range(2):                                        # and does not fail again in the next call
+        status, found = programme("recipe", 1)
+        assert status == 0 and found["recipe"]["lr 1e-3"]["failed"] == "Stop: it diverged"
+        assert "frechet" in found["recipe"]["lr 2e-3"] and found["recipe"]["chosen"]["lr"] != 1e-3
+    assert "Traceback" in capsys.readouterr().err
+    assert "it diverged" in (programme.out / "report" / "summary.md").read_text()
+
+
+def test_pieces_of_one_call_share_its_time_in_turns(programme, monkeypatch):
+    ends = {}
+    monkeypatch.setattr(gpu.Piece, "start", lambda self, name, until, real=gpu.Piece.start: (
+        ends.update({name: until - time.monotonic()}), real(self, name, until)))
+    for name in ("recipe", "best"):
+        monkeypatch.setattr(gpu, name, lambda piece: None)
+    assert programme("recipe best", 2)[0] == 0
+    assert ends["recipe"] == pytest.approx(60, abs=2) and ends["best"] == pytest.approx(120, abs=3)
 
 
 def test_comparison_at_another_scale_takes_steps_and_random_table_of_the_first(programme, monkeypatch):
@@ -112,7 +150,7 @@ def test_the_other_scripts_run_and_judges_are_trained_once(programme, monkeypatc
 
 def test_speed_keeps_rows_with_profiles(programme, monkeypatch):
     row = {"parameters": 1, "images/s": 100.0, "MiB": 1.0, "GFLOP an image": 1.0, "of matrix rate": 0.25,
-           "minutes for 50,000": 8.3}
+           "minutes for 50,000": 8.3, "seconds to begin": 90.0}
     profile = {"idle": 0.1, "waits": 0.0, "shares": {"arithmetic": 1.0}, "table": "aten::conv2d"}
     monkeypatch.setattr(benchmark, "matrix_rate", lambda device, seconds: 1.0)
     monkeypatch.setattr(benchmark, "measure_apart", lambda job, peak: {
@@ -164,7 +202,7 @@ def test_norm_by_sums_is_group_norm(dtype, most):
 def test_rate_counts_calls():
     calls = []
     assert 20 < benchmark.rate(lambda: (calls.append(1), time.sleep(0.01)), 0.1, torch.device("cpu")) < 100
-    assert 8 <= len(calls) <= 14, "three to warm up, one to time, and as many as fill the time"
+    assert 8 <= len(calls) <= 14, "two to warm up, one to time, and as many as fill the time"
 
 
 @pytest.mark.parametrize("script", gpu.SCRIPTS.values(), ids=gpu.SCRIPTS)
