@@ -12,6 +12,7 @@ import copy
 import importlib
 import json
 import re
+import statistics
 import subprocess
 import sys
 import time
@@ -31,17 +32,22 @@ def wait(device):
 
 
 def rate(work, seconds, device):
-    """Calls of work() a second, after warming up, over about `seconds`. As in training, nobody waits between calls."""
-    once = seconds
-    for number in (2, 1, None):                               # warming up, one to know how long, then the time asked
-        calls = number or max(1, round(seconds / once))
+    """Calls of work() a second, after warming up: the median of five rounds of `seconds` together.
+
+    As in training, nobody waits between the calls of a round.
+    """
+    def round_of(calls):
         wait(device)
         start = time.perf_counter()
         for _ in range(calls):
             work()
         wait(device)
-        once = (time.perf_counter() - start) / calls
-    return 1 / once
+        return (time.perf_counter() - start) / calls
+    round_of(2)
+    once = round_of(1)
+    if once > seconds:
+        return 1 / once
+    return 1 / statistics.median(round_of(max(1, round(seconds / 5 / once))) for _ in range(5))
 
 
 def peak_memory(device):

@@ -28,7 +28,8 @@ def programme(tmp_path, monkeypatch):
 
     def run(pieces, minutes, full=False):
         monkeypatch.setattr(gpu.Piece, "left", lambda self: 0 if full else 60 * minutes)
-        status = gpu.main([*pieces.split(), "--rehearse", "--data", data, "--out", str(run.out), "--minutes", str(minutes)])
+        flags = ["--rehearse", "--data", data, "--out", str(run.out), "--minutes", str(minutes)]
+        status = gpu.main([*pieces.split(), *flags])
         return status, json.loads((run.out / "summary.json").read_text())
     run.out, run.steps, run.stop_at = tmp_path / "out", 0, None
     for script in gpu.SCRIPTS.values():
@@ -199,10 +200,22 @@ def test_norm_by_sums_is_group_norm(dtype, most):
     assert (found - norm(x)).norm() / norm(x).norm() < most
 
 
-def test_rate_counts_calls():
-    calls = []
-    assert 20 < benchmark.rate(lambda: (calls.append(1), time.sleep(0.01)), 0.1, torch.device("cpu")) < 100
-    assert 8 <= len(calls) <= 14, "two to warm up, one to time, and as many as fill the time"
+def test_rate_is_the_median_of_rounds(monkeypatch):
+    clock, calls = [0.0], []                                  # a machine that is slow at first, and once again later
+
+    def work():
+        calls.append(1)
+        clock[0] += 1.0 if len(calls) <= 2 or 8 < len(calls) <= 12 else 0.1
+    monkeypatch.setattr(benchmark.time, "perf_counter", lambda: clock[0])
+    assert benchmark.rate(work, 2.0, torch.device("cpu")) == pytest.approx(10)
+    assert len(calls) == 2 + 1 + 5 * 4, "two to warm up, one to time, and five rounds that fill the time"
+
+    def slow():
+        calls.append(1)
+        clock[0] += 4.0
+    calls.clear()
+    assert benchmark.rate(slow, 2.0, torch.device("cpu")) == 1 / 4
+    assert len(calls) == 3, "what takes longer than the time is not repeated"
 
 
 @pytest.mark.parametrize("script", gpu.SCRIPTS.values(), ids=gpu.SCRIPTS)
