@@ -1186,7 +1186,7 @@ def train(cfg, model, images, targets, loss_fn, folder, extra, device, on_eval=N
     checkpoint, done, log = folder / "checkpoint.pt", 0, dict(seconds=0.0, skipped=0, rows=[], evals=[])
 
     def read_clock():
-        log["skipped"] = int(skipped)                         # here alone the host waits for the device
+        log["skipped"] = int(skipped)                         # the host waits for the device
         log["seconds"] = time.perf_counter() - zero
 
     def save(step):
