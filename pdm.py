@@ -1158,6 +1158,15 @@ def load_weights(part, state, path):
         raise Stop(f"{path} holds another network than config.json beside it describes") from None
 
 
+def restore(parts, path):
+    """Load the state of each part (name -> module, optimiser, scaler) from a checkpoint -> its step and log."""
+    state = load_checkpoint(path)
+    for name, part in parts.items():
+        if state[name]:                                       # a scaler that was off has none
+            load_weights(part, state[name], path)
+    return state["step"], state["log"]
+
+
 def load_run(folder, device="auto"):
     """Everything needed to sample from a run: config, model (the average, in eval mode), extra, step, log, device."""
     folder, device = Path(folder), find_device(device)
@@ -1173,8 +1182,7 @@ def train(cfg, model, images, targets, loss_fn, folder, extra, device, on_eval=N
 
     targets [N]: what loss_fn wants to know of each image. loss_fn(net, batch, abar) -> dict of scalars, "loss" first;
     batch: see random_batches. extra: kept in the checkpoint. on_eval(average) -> dict: called every cfg.eval_every
-    steps. Returns the moving average of the model, and the log: seconds (of training alone: compiling, measuring and
-    saving are off the clock), rows of log.csv, evals.
+    steps. Returns the model's moving average, and the log: seconds (no compiling, measuring, saving), rows, evals.
     """
     abar, dtype = alpha_bars(cfg.timesteps).to(device), amp_dtype(device, cfg.amp)
     images, targets = place_images(images, device), targets.to(device)
@@ -1194,11 +1202,7 @@ def train(cfg, model, images, targets, loss_fn, folder, extra, device, on_eval=N
             states = {name: part.state_dict() for name, part in parts.items()}
             save_safely(dict(script=SCRIPT, step=step, log=log, extra=extra, **states), checkpoint)
     if checkpoint.exists():
-        state = load_checkpoint(checkpoint)
-        done, log = state["step"], state["log"]
-        for name, part in parts.items():
-            if state[name]:                                   # a scaler that was off has none
-                load_weights(part, state.pop(name), checkpoint)
+        done, log = restore(parts, checkpoint)
         for group, asked in zip(optimizer.param_groups, model.param_groups(cfg)):           # what may have changed
             group.update(factor=asked["factor"], start=asked["start"], weight_decay=cfg.weight_decay)
     net = nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
