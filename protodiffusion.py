@@ -1026,7 +1026,7 @@ def train(cfg, model, images, targets, loss_fn, folder, extra, device, on_eval=N
     parts = dict(model=model, average=average, optimizer=optimizer, scaler=scaler)
     checkpoint, done, log = folder / "checkpoint.pt", 0, dict(seconds=0.0, skipped=0, rows=[], evals=[])
 
-    def read_clock():
+    def read_clock():                                         # zero: when a clock of training alone would have begun
         log["skipped"] = int(skipped)                         # the host waits for the device
         log["seconds"] = time.perf_counter() - zero
 

@@ -10,11 +10,12 @@ DIR is a folder data set, train/<class>/* and test/<class>/*. A call may name se
 compiled; --minutes is the time of all of them. How long runs train follows from the images/s that are measured first
 and from the time that is left then. A piece begins nothing that would not fit, keeps what failed as such, and whether
 full or cut off it goes on by the same command. Networks are compiled in pieces of more than 7 minutes; in shorter ones
-compiling, up to two minutes a graph, would cost more than it brings. Choices are made on training images alone, by the distance of samples to them
-in the features of one classifier, the same for all pieces. --out keeps runs, checkpoints and that classifier. --report
-gets at most 7 small files: for each piece a tar.gz of figures, logs and pictures; summary.json (in --out on another
-machine it tells the pieces there what was found here, and each does what it has not done); summary.md. --rehearse: tiny
-networks on a CPU, on images of its own if there is no --data; its figures mean nothing.
+compiling, by estimate two minutes a graph, would cost more than it brings. Choices are made on training images alone,
+by the distance of samples to them in the features of one classifier, the same for all pieces. --out keeps runs,
+checkpoints and that classifier. --report gets at most 7 small files: for each piece a tar.gz of figures, logs and
+pictures; summary.json (in --out on another machine it tells the pieces there what was found here, and each does what it
+has not done); summary.md. --rehearse: tiny networks on a CPU, on images of its own if there is no --data; its figures
+mean nothing.
 """
 import argparse
 import contextlib
@@ -302,7 +303,8 @@ def recipe(piece):
 def compare(piece):
     """`protodiffusion.py --compare` at equal scale and seed 0; then at raw scale; then more seeds."""
     chosen = piece.summary.get("recipe", {}).get("chosen", {})
-    seconds, first = piece.seconds(1 / 3, reserve=150, **chosen), piece.folder / "rms-seed-0"      # stage 1, evaluations
+    seconds = piece.seconds(1 / 3, reserve=150, **chosen)    # to learn prototypes, sample and judge
+    first = piece.folder / "rms-seed-0"
     for scale, seed in (("rms", 0), ("raw", 0), ("rms", 1), ("rms", 2)):
         name = f"{scale}-seed-{seed}"
 
