@@ -1,40 +1,29 @@
-"""Patronus: a diffusion model whose knowledge can be seen, moved and checked, through prototypes of local patterns.
+"""Patronus: a diffusion model conditioned on prototypes of local patterns.
 
-Paper: "Patronus: Interpretable Diffusion Models with Prototypes", arXiv 2503.22782 (ICLR 2026).
+Paper: Weng et al., "Patronus: Interpretable Diffusion Models with Prototypes", arXiv 2503.22782.
 
-The idea. A small convolutional encoder turns the clean image into a map of patch features. Each of m prototypes asks
-how close its best patch comes; the m answers, the activations s, are all that the denoiser is told, and encoder,
-prototypes and denoiser train together on the noise loss, without labels. So s is what the model knows of the image
-beyond noise: which patterns there are. One looks at it (what, where, when), moves it (edit, interpolate, extrapolate),
-and checks whether moving one trait drags another along, which is how a planted correlation shows.
+The idea. A small encoder turns the clean image into a map of patch features z. For each of m
+prototypes p, the patch closest to p gives one activation s_j: the closer, the larger. The denoiser
+is conditioned on s alone; encoder, prototypes and denoiser learn together, from the noise loss,
+without labels. So s is all the model is given of x0 beside xt: one looks at it (what, where, when)
+and changes it (edit, interpolate). If changing one trait changes another, the model tied them.
 
-    clean image x0 ──> encoder ──> patches z ──> squared distance to m prototypes, minimum over patches ──> s [m]
-                                                                                                             │
-             noise level t ──> sinusoids ──> MLP ─────────────────────────────────── (+) <── MLP <───────────┘
-                                                                                      │
-             noisy image xt ────────────────────────────────────────────> every residual block of a U-Net ──> noise
+    clean image x0 ──> encoder ──> patches z ──> for each p: least ||z - p||^2 over z ──────> s [m]
+                                                                                              │
+             noise level t ──> sinusoids ──> MLP ──────────────────────── (+) <── MLP <───────┘
+                                                                           │
+             noisy image xt ───────────> every residual block of a U-Net <─┘ ──> predicted noise
 
-To make images from nothing, a second, small diffusion model draws s, and the first one the image given s.
+To make new images, a second diffusion model draws s.
 
-    python patronus.py                                        # shapes at 32 pixels: train, explain, measure
-    python patronus.py --explain runs/NAME                    # what, where, when, consistency, extrapolation, ...
-    python patronus.py --diagnose runs/NAME --attribute "warm hue" --watch "dot"
+    python patronus.py                              # shapes: train, explain, measure
+    python patronus.py --bias 0.95                  # plants a correlation: the diagnosis finds it
+    python patronus.py --edit image.png --model runs/NAME --set 12=2.5
 
-Where the paper is silent, or where we differ (our choices): DDPM's U-Net, AdamW at 2e-3 (shapes) or 5e-4 with warm-up
-and cosine for a few minutes, instead of 1e-5 for 300 epochs; encoder and prototypes at 0.3 of that rate; prototypes
-start at patches of real images (k-means++) with features scaled to a total variance of 1, where the activation is
-steep, and the denoiser sees s standardised by its start (`--start uniform`: none of this, the paper's); the noise
-loss counts more at high noise, where brightness is settled (`--emphasis`), and in training half of the activations
-are hidden (`--hide`), so that each counts by itself; what s_j is raised to when it is shown or tested: its largest
-value on held-out images, while the others follow as they do there (`company`; --edit sets what you ask for and
-nothing else); 64 prototypes of length 32 on shapes, and ddpm in 20 steps, whose fresh noise mends what a network of a
-few minutes gets wrong (the deterministic samplers leave noise in the images); samples come from a moving average of
-the weights; images are drawn with replacement; the latent model is an MLP over standardised s, since the order of
-prototypes has no locality for 1-D convolutions, not clipped, sampled by DDIM through all its levels; the step at
-which a pattern has emerged: the one after which s_j stays above 90 % of its end; which prototypes live, see
-`prototype_state`; the penalty on correlated activations (`--decorrelation`), which the paper leaves open; images of
-128 pixels and more take five 5x5 layers, of which the paper gives the strides. AUROC is measured on s itself;
-agreement and leak are judged by a classifier trained apart, on real images without a planted bias.
+Comments marked "choice:" say where the paper is silent or we differ; "# exercise" marks functions
+to write again from their docstrings. To change what a patch is, look at patch_encoder; how
+prototypes answer, at activation; how s enters, at Patronus.denoise; the losses, at
+Patronus.forward; how images are edited, at set_activations; the optimiser, at train.
 """
 import argparse
 import contextlib
@@ -42,21 +31,21 @@ import copy
 import csv
 import dataclasses
 import datetime
-import functools
+import glob
 import hashlib
+import inspect
 import json
 import math
 import os
-import platform
+import re
 import signal
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
-from typing import ClassVar
+from typing import Literal, NamedTuple, get_args
 
-import matplotlib
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -66,441 +55,113 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 from torch import nn
 from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.transforms import v2
 
 SCRIPT = Path(__file__).stem
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))      # set by torchrun
 
+RANK = int(os.environ.get("RANK", 0))                   # torchrun sets RANK and WORLD_SIZE
 
-class Stop(Exception):
-    """What only the person at the keyboard can put right: one sentence, and exit status 2."""
+WORLD = int(os.environ.get("WORLD_SIZE", 1))
 
-
-# --------------------------------------------------------------------------------------------------------------------
-# 1  Settings: the dataclass is the documentation, the command line and config.json
-# --------------------------------------------------------------------------------------------------------------------
-
-def setting(default, help, **limits):
-    """A field of Config. limits: choices; low, high (inclusive); fixed (an earlier run's cannot be changed).
-
-    once: not kept in config.json. task: what to do, one at a time, in the folder of an earlier "run" or a "new" one.
-    """
-    return dataclasses.field(default=default, metadata={"help": help, **limits})
-
+# ---- Settings ------------------------------------------------------------------------------------
 
 @dataclasses.dataclass
 class Config:
-    """Defaults are those of `shapes`; PRESETS holds what another data set changes; flags have the last word."""
-    # data
-    dataset: str = setting("shapes", "shapes, cifar10, stl10, fashion-mnist, eurosat, celeba, tiny-imagenet or folder",
-                           fixed=True)
-    data_dir: str = setting("data", "where data sets lie or are downloaded to; for folder, the folder of images itself")
-    image_size: int = setting(32, "side of the images, pixels", low=16, fixed=True)
-    mirror: bool = setting(False, "show half of the training images flipped left to right")
-    bias: float = setting(0.5, "shapes: P(dot = warm hue) in training; 0.5: independent", low=0, high=1, fixed=True)
+    """Every setting is a flag; its comment is its help. Numbers are at least 0."""
+    dataset: Literal["shapes", "folder", "fashion-mnist", "cifar10", "celeba"] = "shapes"  # images
+    data_dir: str = "data"          # where data lie or are downloaded to; the folder of images
+    image_size: int = 32            # side of the images, pixels
+    bias: float = 0.5               # shapes: P(dot exactly if warm hue); 0.5: independent
     # prototypes
-    num_prototypes: int = setting(64, "m, prototypes", low=6, fixed=True)
-    prototype_dim: int = setting(32, "D, length of a prototype and of a patch's feature", low=1, fixed=True)
-    encoder_lr: float = setting(0.3, "learning rate of encoder and prototypes, as a factor of --lr", low=0, fixed=True)
-    start: str = setting("features", "prototypes start at patches of real images, or (the paper) uniform in 0..1",
-                         choices=("features", "uniform"), fixed=True)
-    distinctness: float = setting(0.0, "weight of the penalty on prototypes that point the same way", low=0)
-    decorrelation: float = setting(0.0, "weight of the penalty on activations that are correlated", low=0)
-    hide: float = setting(0.5, "probability of training without an activation, each by itself; 0 is the paper's",
-                          low=0, high=0.9, fixed=True)
-    emphasis: float = setting(0.3, "the noise loss at level t counts abar ** -emphasis times; 0 is the paper's", low=0,
-                              high=1)
+    num_prototypes: int = 64        # m, number of prototypes
+    prototype_dim: int = 32         # D, numbers in a prototype and in a patch's feature
+    start: Literal["features", "uniform"] = "features"  # of prototypes: real patches, or 0..1
+    encoder_lr: float = 0.3         # learning rate of encoder and prototypes, as a factor of --lr
+    distinctness: float = 0.0       # weight of the penalty on prototypes that point the same way
+    decorrelation: float = 0.0      # weight of the penalty on activations that are correlated
+    hide: float = 0.5               # probability of dropping each activation in training; paper: 0
+    emphasis: float = 0.3           # the loss at level t weighs abar_t ** -emphasis; paper: 0
     # network and process
-    channels: int = setting(32, "channels of the U-Net's first level, a multiple of 4", low=4, fixed=True)
-    multipliers: str = setting("1,1,2", "channel factor of each level; all but the last halve the image", fixed=True)
-    blocks: int = setting(1, "residual blocks a level", low=1, fixed=True)
-    attention: int = setting(0, "self-attention at levels of at most this side, pixels; 0: in the middle only", low=0,
-                             fixed=True)
-    dropout: float = setting(0.0, "dropout in residual blocks, probability", low=0, high=0.9, fixed=True)
-    timesteps: int = setting(1000, "T, noise levels", low=21, fixed=True)
-    # training
-    steps: int = setting(3000, "optimiser steps", low=1)
-    batch_size: int = setting(32, "images a step, over all processes and passes", low=1)
-    accumulate: int = setting(1, "passes that share a step's images, for less memory", low=1)
-    lr: float = setting(2e-3, "peak learning rate of AdamW", low=0)
-    warmup: float = setting(0.05, "fraction of steps in which the rate rises, before half a cosine", low=0, high=1)
-    weight_decay: float = setting(1e-4, "weight decay of AdamW", low=0)
-    seed: int = setting(0, "what everything random follows from", low=0, high=2**31)
-    save_every: int = setting(500, "steps between checkpoints", low=1)
-    log_every: int = setting(100, "steps between rows of log.csv", low=1)
-    device: str = setting("auto", "auto, cuda, cuda:1, mps or cpu")
-    amp: str = setting("auto", "mixed precision of the networks", choices=("auto", "bf16", "fp16", "off"))
-    compile: bool = setting(False, "torch.compile the network, for training and for whole batches of samples")
-    # latent model
-    latent_steps: int = setting(2000, "optimiser steps of the latent model, 256 activation vectors each", low=1)
-    latent_width: int = setting(256, "width of the latent model's layers, even", low=2, fixed=True)
-    latent_timesteps: int = setting(100, "noise levels of the latent model", low=21, fixed=True)
+    channels: int = 32              # channels of the U-Net's first level, a multiple of 4
+    multipliers: str = "1,1,2"      # channel factor of each level of the U-Net
+    blocks: int = 1                 # residual blocks for each level
+    attention: int = 0              # self-attention at levels of at most this side, pixels
+    dropout: float = 0.0            # dropout in residual blocks
+    timesteps: int = 1000           # T, number of noise levels
+    latent_width: int = 256         # width of the latent model's layers, even
+    latent_timesteps: int = 100     # noise levels of the latent model
+    weight_decay: float = 1e-4      # weight decay of AdamW
+    # training: a resumed run may change these and all below
+    steps: int = 3000               # optimiser steps
+    batch_size: int = 32            # images for each step, over all processes and passes
+    accumulate: int = 1             # passes that split a step's images, to save memory
+    lr: float = 2e-3                # peak learning rate
+    warmup: float = 0.05            # fraction of steps in which the learning rate rises
+    mirror: bool = False            # show half of the training images flipped left to right
+    seed: int = 0                   # seed of everything random
+    save_every: int = 100           # steps between checkpoints, and rows of log.csv
+    eval_every: int = 0             # steps between measurements while training; 0: none
+    device: str = "auto"            # auto, cuda, cuda:1, mps or cpu
+    amp: Literal["auto", "bf16", "fp16", "off"] = "auto"                # mixed precision
+    compile: bool = False           # torch.compile the training step
+    latent_steps: int = 2000        # steps of the latent model, of 256 activation vectors each
     # sampling, explaining and measuring
-    num_samples: int = setting(500, "images to sample, and to measure on", low=1)
-    sampler: str = setting("ddpm", "the way from noise to image", choices=("ddim", "ddpm", "dpmpp"))
-    sample_steps: int = setting(20, "steps from noise to image", low=1)
-    invert_steps: int = setting(100, "steps from image to noise, and back from there", low=1)
-    sample_batch: int = setting(250, "images sampled at a time", low=1)
-    pairs: int = setting(120, "(prototype, image) pairs on which raising a prototype is tested", low=1)
-    inception: str = setting("auto", "weights for FID, IS, KID: a file, download, off; auto downloads on a GPU")
-    judge_steps: int = setting(300, "steps of the judge, a classifier of the attributes trained apart", low=1)
-    judge_width: int = setting(16, "channels of the judge's first stage; 64 is ResNet-18", low=1)
-    attribute: str = setting("", "diagnosis: the attribute to move; empty: the first one")
-    watch: str = setting("", "diagnosis: the attribute that may be dragged along; empty: the last one")
-    # what to do
-    compare: bool = setting(False, "diagnose: three seeds without bias, with --bias, and with --decorrelation against "
-                            "it", fixed=True, task="new")
-    out: str = setting("", "the run's folder; empty: runs/NAME", once=True)
-    resume: str = setting("", "folder of a run to go on with", once=True, task="run")
-    sample: str = setting("", "folder of a run to sample from", once=True, task="run")
-    evaluate: str = setting("", "folder of a run to measure again", once=True, task="run")
-    explain: str = setting("", "folder of a run whose pictures to draw again", once=True, task="run")
-    diagnose: str = setting("", "folder of a run to diagnose: does --attribute drag --watch along?", once=True,
-                            task="run")
-    model: str = setting("", "folder of the run to --edit with", once=True, task="run")
-    edit: str = setting("", "image to edit", once=True)
-    set: str = setting("", "--edit: activations to set, like 12=2.5,40=0", once=True)
+    num_samples: int = 500          # images to sample, and to measure on
+    sampler: Literal["ddim", "ddpm", "dpmpp"] = "ddpm"  # ddpm suits short trainings
+    sample_steps: int = 20          # steps from noise to image
+    invert_steps: int = 100         # steps of inversion, and again of the way back to the image
+    sample_batch: int = 250         # images sampled at a time
+    pairs: int = 120                # (prototype, image) pairs on which raising is tested
+    attribute: str = ""             # diagnosis: the trait to move; empty: the first one
+    watch: str = ""                 # diagnosis: the trait that may follow; empty: the last one
+    judge_steps: int = 300          # steps of the judge, a classifier of traits trained apart
+    judge_width: int = 16           # channels of its first layers; 64: ResNet-18
+    inception: str = "off"          # weights for FID, IS and KID: a file, or download
 
-    # The paper's m and D; DDPM's U-Net with attention in the middle only; batch and rate as in the other scripts.
-    PHOTOGRAPHS: ClassVar[dict] = dict(
-        mirror=True, num_prototypes=100, prototype_dim=128, judge_steps=8000, judge_width=64, channels=128,
-        multipliers="1,2,2,2", blocks=2, dropout=0.1, steps=100_000, batch_size=256, lr=5e-4, sampler="dpmpp",
-        latent_steps=40_000, latent_width=1024, save_every=2000, num_samples=10_000)
-    LARGER: ClassVar[dict] = {**PHOTOGRAPHS, "image_size": 64, "multipliers": "1,1,2,2,2"}
-    PRESETS: ClassVar[dict] = {
-        "shapes": {},
-        "cifar10": PHOTOGRAPHS,
-        "folder": PHOTOGRAPHS,
+    # The paper's m, D, and attention in the middle only. choice (the paper's in brackets): DDPM's
+    # U-Net (64 x 1,2,4,4), 100,000 steps of 256 images at 5e-4 (300 epochs of 128 at 1e-5).
+    PHOTOGRAPHS = dict(
+        mirror=True, num_prototypes=100, prototype_dim=128, channels=128, multipliers="1,2,2,2",
+        blocks=2, dropout=0.1, steps=100_000, batch_size=256, lr=5e-4, save_every=1000,
+        latent_width=1024, latent_steps=40_000, num_samples=10_000, sampler="dpmpp",
+        judge_steps=8000, judge_width=64, inception="download")
+    PRESETS = {
+        "shapes": {}, "cifar10": PHOTOGRAPHS, "folder": PHOTOGRAPHS,
         "fashion-mnist": {**PHOTOGRAPHS, "mirror": False, "num_prototypes": 30},
-        "stl10": LARGER,
-        "eurosat": LARGER,
-        "celeba": {**LARGER, "attribute": "Blond_Hair", "watch": "Smiling"},
-        "tiny-imagenet": LARGER}
+        "celeba": {**PHOTOGRAPHS, "image_size": 64, "multipliers": "1,1,2,2,2",
+                   "attribute": "Blond_Hair", "watch": "Smiling"}}
+    labelled = False                # the data need no classes
 
-    def build(self, extra):
-        """The method's network, untrained. extra: what a run knows of its data."""
-        unet = UNet(extra["shape"][0], self.image_size, self.channels, level_multipliers(self), self.blocks,
-                    self.attention, self.dropout)
-        return Patronus(unet, patch_encoder(extra["shape"][0], self.image_size, self.prototype_dim),
-                        self.num_prototypes, self.prototype_dim, LatentModel(self.num_prototypes, self.latent_width),
-                        self.hide)
+    def build(self, known):
+        """The untrained network. known: what a run knows of its data: image shape, class names."""
+        channels = known["shape"][0]
+        return Patronus(UNet(channels, self), self, channels)
 
-
-def parse_config(argv=None):
-    """Command line -> Config: defaults, then the data set's preset, then an earlier run's settings, then the flags."""
-    parser = argparse.ArgumentParser(prog=f"python {SCRIPT}.py", description=__doc__.split("\n")[0], allow_abbrev=False)
-    settings = {f.name: f for f in dataclasses.fields(Config)}
-    for name, f in settings.items():
-        choices = f.metadata.get("choices")
-        kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else \
-            dict(type=f.type, choices=choices, metavar=None if choices else f.type.__name__.upper())
-        parser.add_argument(f"--{name.replace('_', '-')}", default=argparse.SUPPRESS,
-                            help=f"{f.metadata['help']} [{f.default}]".replace("%", "%%"), **kind)
-    given = vars(parser.parse_args(argv))
-    asked = [name for name in settings if "task" in settings[name].metadata and given.get(name)]
-    if len(asked) > 1 or WORLD > 1 and asked not in ([], ["resume"]):
-        raise Stop(f"--{' and --'.join(asked)} cannot be done together, or by several processes")
-    earlier = asked and settings[asked[0]].metadata["task"] == "run" and given[asked[0]]
-    saved = read_config(earlier) if earlier else {}
-    for name in given:
-        if earlier and settings[name].metadata.get("fixed") and given[name] != saved.get(name):
-            raise Stop(f"{earlier} was made with --{name.replace('_', '-')} {saved.get(name)}: "
-                       f"for {given[name]} start a new run")
-    dataset = given.get("dataset", saved.get("dataset", Config.dataset))
-    if dataset not in Config.PRESETS:
-        raise Stop(f"there is no data set '{dataset}': choose one of {', '.join(Config.PRESETS)}")
-    cfg = Config(**{**Config.PRESETS[dataset], **saved, **given})
-    for name, f in settings.items():
-        low, high = f.metadata.get("low", -math.inf), f.metadata.get("high", math.inf)
-        if f.type in (int, float) and not low <= getattr(cfg, name) <= high:
-            raise Stop(f"--{name.replace('_', '-')} {getattr(cfg, name)} must be between {low} and {high}")
-    if cfg.batch_size % (WORLD * cfg.accumulate):
-        raise Stop(f"--batch-size {cfg.batch_size} does not split into {WORLD} processes x {cfg.accumulate} passes "
-                   "(--accumulate)")
-    if cfg.sample_steps > cfg.timesteps:
-        raise Stop(f"--sample-steps {cfg.sample_steps} cannot be more than --timesteps {cfg.timesteps}")
-    level_multipliers(cfg)
-    return cfg
-
-
-def read_config(folder):
-    """The settings in a run's config.json as a dict; Stop if there is none."""
-    try:
-        saved = dict(json.loads((Path(folder) / "config.json").read_text(encoding="utf-8")))
-        return {f.name: f.type(saved[f.name]) for f in dataclasses.fields(Config) if f.name in saved}
-    except (OSError, ValueError, TypeError) as error:
-        raise Stop(f"{folder} is not the folder of a run: its config.json cannot be read ({error})") from None
-
-
-def level_multipliers(cfg):
-    """Channel factors of the U-Net's levels from the flag; Stop if they are none, or the images cannot be halved."""
-    factors = [int(m) if m.isdecimal() else 0 for m in cfg.multipliers.split(",")]
-    if min(factors) < 1 or cfg.image_size % 2 ** (len(factors) - 1) or cfg.channels % 4:
-        raise Stop(f"--image-size {cfg.image_size} must divide by 2 at every level but the last of --multipliers "
-                   f"{cfg.multipliers} (whole numbers like 1,2,2,2), and --channels {cfg.channels} by 4")
-    return factors
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# 2  Data: every set becomes one uint8 tensor
-# --------------------------------------------------------------------------------------------------------------------
-
-SHAPES = ("circle", "square", "triangle", "diamond", "plus", "cross", "ring", "crescent", "bar", "star")
-SHAPE_ATTRIBUTES = ("warm hue", "bright background", "large", "left of centre", "dot")
-SHAPE_SPLITS = {"train": (20_000, 0), "test": (4_000, 1), "judge": (20_000, 12)}     # images, seed; judge: train_judge
-
-
-@dataclasses.dataclass
-class Dataset:
-    """images: uint8 [N, C, H, W]; labels: int64 [N] or None; attributes: bool [N, A] or None."""
-    images: torch.Tensor
-    labels: torch.Tensor | None
-    classes: list
-    attributes: torch.Tensor | None = None
-    attribute_names: tuple = ()
-
-
-def signed_distance(figure, x, y):
-    """Signed distance, negative inside, from points x, y (y upwards) to one of SHAPES with a radius of about 1."""
-    radius, half, height = torch.hypot(x, y), math.sqrt(0.5), math.sqrt(0.75)
-    def box(x, y, width, height):
-        return torch.maximum(x.abs() - width, y.abs() - height)
-    def plus(x, y):
-        return torch.minimum(box(x, y, 0.95, 0.28), box(x, y, 0.28, 0.95))
-    if figure == "star":        # fold the plane into ten wedges; the outline there runs from (1, 0) to an inner corner
-        angle = math.pi / 5 - (torch.atan2(x, y).remainder(math.tau / 5) - math.pi / 5).abs()       # 0 at a tip
-        u, v = radius * angle.cos() - 1, radius * angle.sin()
-        edge = (0.42 * math.cos(math.pi / 5) - 1, 0.42 * math.sin(math.pi / 5))
-        return (edge[1] * u - edge[0] * v) / math.hypot(*edge)
-    return {"circle": lambda: radius - 0.85,
-            "square": lambda: box(x, y, 0.78, 0.78),
-            "triangle": lambda: torch.maximum(-y, x.abs() * height + y / 2) - 0.52,
-            "diamond": lambda: (x.abs() + y.abs() - 1) * half,
-            "plus": lambda: plus(x, y),
-            "cross": lambda: plus((x + y) * half, (x - y) * half),
-            "ring": lambda: (radius - 0.68).abs() - 0.24,
-            "crescent": lambda: torch.maximum(radius - 0.95, 0.72 - torch.hypot(x - 0.48, y)),
-            "bar": lambda: box(x, y, 1.0, 0.26)}[figure]()
-
-
-def make_shapes(n, size=16, seed=0, bias=0.5):
-    """n antialiased coloured figures on grey, [n, 3, size, size], with 10 classes and 5 known attributes.
-
-    bias: probability that an image has its corner dot exactly if its hue is warm, both staying at one half each:
-    0.5 is independence, more plants a correlation. Another seed gives other images.
-    """
-    gen = torch.Generator().manual_seed(seed)
-    def uniform(low, high):
-        return low + (high - low) * torch.rand(n, 1, 1, generator=gen)                                # [n, 1, 1]
-    labels = torch.randint(len(SHAPES), (n,), generator=gen)
-    warm, bright, large, left = torch.rand(4, n, 1, 1, generator=gen) < 0.5
-    dot = warm ^ (uniform(0, 1) >= bias)
-    radius = torch.where(large, uniform(0.80, 0.88), uniform(0.58, 0.66))
-    centre_x, centre_y = uniform(0.05, 0.18) * torch.where(left, -1, 1), uniform(-0.15, 0.15)
-    turn, grey = uniform(-0.15, 0.15), torch.where(bright, uniform(0.6, 0.85), uniform(0.05, 0.3))  # radians; 0 to 1
-    hue = 6 * torch.where(warm, uniform(-0.07, 0.15), uniform(0.42, 0.74))          # pink to yellow; green to violet
-    k = (hue + torch.tensor([5.0, 3.0, 1.0])).remainder(6)                          # HSV to RGB, [n, 1, 3]
-    colour = uniform(0.8, 1) * (1 - uniform(0.8, 1) * torch.minimum(k, 4 - k).clamp(0, 1))
-
-    axis = (torch.arange(size) + 0.5) / size * 2 - 1
-    x, y = (axis - centre_x) / radius, (centre_y - axis[:, None]) / radius          # [n, 1, W], [n, H, 1]
-    x, y = turn.cos() * x + turn.sin() * y, turn.cos() * y - turn.sin() * x         # [n, H, W]
-    distance = torch.empty(n, size, size)
-    for label, figure in enumerate(SHAPES):
-        distance[labels == label] = signed_distance(figure, x[labels == label], y[labels == label])
-    def paint(image, distance, colour):                       # distance, in halves of the image -> coverage of a pixel
-        ink = (0.5 - distance * size / 2).clamp(0, 1)
-        return image * (1 - ink) + colour * ink
-    spot = torch.where(dot, torch.hypot(axis + 0.76, axis[:, None] + 0.76) - 0.16, 9)               # upper left corner
-    images = [paint(paint(grey, distance * radius, colour[..., c:c + 1]), spot, (~bright).float()) for c in range(3)]
-    return Dataset((torch.stack(images, 1) * 255).round().to(torch.uint8), labels, list(SHAPES),
-                   torch.stack([warm, bright, large, left, dot], 1).flatten(1), SHAPE_ATTRIBUTES)
-
-
-def seeded_split(n, split, fraction):
-    """Indices of a fixed random split, for sets that come without one: `fraction` for test, the rest for train."""
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(0)).tolist()
-    held_out = max(1, round(n * fraction))
-    return sorted(order[:held_out] if split == "test" else order[held_out:])
-
-
-def read_folder(root, split):
-    """DIR/train/<class>/* with or without DIR/test, DIR/<class>/*, or a flat DIR -> image files, labels, class names.
-
-    Without DIR/test a tenth of the images, always the same, is the test split. A flat folder has no labels (None).
-    """
-    def images_in(folder):
-        files = (p for p in sorted(folder.rglob("*")) if p.suffix.lower() in IMG_EXTENSIONS)
-        return [p for p in files if not any(part.startswith(".") for part in p.relative_to(folder).parts)]
-    top = root / "train" if (root / "train").is_dir() else root
-    files, base = images_in(top), top
-    if len(files) < 2:
-        raise Stop(f"{top} holds {len(files)} images: --data-dir must name a folder with train/<class>/*, <class>/* "
-                   "or images")
-    loose = [p for p in files if p.parent == top]
-    if loose and len(loose) < len(files):
-        raise Stop(f"{top} holds images, like {loose[0].name}, beside folders of images: move them")
-    classes = [] if loose else sorted({p.relative_to(top).parts[0] for p in files})
-    if top == root or not (root / "test").is_dir():
-        files = [files[i] for i in seeded_split(len(files), split, 0.1)]
-    elif split == "test":
-        files, base = images_in(root / "test"), root / "test"
-    names = [p.relative_to(base).parts[0] for p in files if classes]
-    if not files or not set(names) <= set(classes):
-        raise Stop(f"{base} must hold images of the classes in {top}, and of no others")
-    return files, [classes.index(name) for name in names] if classes else None, classes
-
-
-def read_published(name, split, root):
-    """A published set, downloaded if need be -> images or files, labels, classes (and attributes, their names)."""
-    train, sets = split == "train", torchvision.datasets
-    if name == "cifar10":
-        data = sets.CIFAR10(root, train, download=True)
-        return data.data, data.targets, data.classes                                      # uint8 [N, 32, 32, 3]
-    if name == "stl10":
-        data = sets.STL10(root, split, download=True)
-        return data.data.transpose(0, 2, 3, 1), data.labels, data.classes                 # uint8 [N, 96, 96, 3]
-    if name == "fashion-mnist":
-        data = sets.FashionMNIST(root, train, download=True)
-        return np.pad(data.data.numpy(), ((0, 0), (2, 2), (2, 2))), data.targets, data.classes
-    if name == "eurosat":
-        data = sets.EuroSAT(root, download=True)
-        files, labels = zip(*(data.samples[i] for i in seeded_split(len(data.samples), split, 0.2)))
-        return files, labels, data.classes
-    if name == "celeba":                                      # its download needs another package: unpacked by hand
-        data = sets.CelebA(root, split, target_type="attr")
-        names, folder = [n for n in data.attr_names if n], Path(root, "celeba", "img_align_celeba")
-        files = [folder / f for f in data.filename]
-        return files, data.attr[:, names.index("Male")], ["not male", "male"], data.attr.bool(), tuple(names)
-    folder = Path(root, "tiny-imagenet-200")
-    if not folder.is_dir():
-        sets.utils.download_and_extract_archive("http://cs231n.stanford.edu/tiny-imagenet-200.zip", root,
-                                                md5="90528d7ca1a48142e341f4ef8d21d0de")
-    ids, lines = (folder / "wnids.txt").read_text().split(), (folder / "words.txt").read_text().splitlines()
-    words = dict(line.split("\t") for line in lines)
-    if train:
-        files = sorted((folder / "train").glob("*/images/*.JPEG"))
-        owners = [f.parts[-3] for f in files]
-    else:
-        lines = [line.split("\t") for line in (folder / "val" / "val_annotations.txt").read_text().splitlines()]
-        files, owners = [folder / "val" / "images" / line[0] for line in lines], [line[1] for line in lines]
-    return files, [ids.index(i) for i in owners], [words[i].split(",")[0] for i in ids]
-
-
-def decode(item, size):
-    """An image file or uint8 array -> uint8 RGB [size, size, 3]: the shorter side scaled to size, the centre kept."""
-    try:
-        image = Image.fromarray(item) if isinstance(item, np.ndarray) else ImageOps.exif_transpose(Image.open(item))
-        return np.array(ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.LANCZOS))
-    except Exception as error:                                # Pillow raises many kinds, all of one meaning
-        raise Stop(f"{item} does not decode as an image ({error}): replace it or take it away") from None
-
-
-def load_dataset(name, split="train", image_size=None, data_dir="data"):
-    """A data set in memory, decoded once and cached beside the data in prototype-*.pt.
-
-    name: a key of Config.PRESETS; split: train or test; image_size: pixels (None: the preset's).
-    Returns a Dataset. Raises Stop for an unknown name, missing or unreadable data, no network.
-    """
-    if name not in Config.PRESETS:
-        raise Stop(f"there is no data set '{name}': choose one of {', '.join(Config.PRESETS)}")
-    if split not in (SHAPE_SPLITS if name == "shapes" else ("train", "test")):
-        raise Stop(f"{name} has no split '{split}': choose train or test")
-    size = image_size or Config.PRESETS[name].get("image_size", Config.image_size)
-    if name == "shapes":
-        n, seed = SHAPE_SPLITS[split]
-        return make_shapes(n, size, seed)
-    root, key, attributes = Path(data_dir), [], ()
-    if name == "folder":
-        if not root.is_dir():
-            raise Stop(f"there is no folder {root}: --data-dir must name a folder of images")
-        items, labels, classes = read_folder(root, split)
-        key = [*classes, *(f"{p.relative_to(root)} {p.stat().st_size} {p.stat().st_mtime_ns}" for p in items)]
-    cache = root / f"prototype-{name}-{split}-{size}.pt"
-    with contextlib.suppress(Exception):                      # there is none, or not a whole one: make it
-        saved = torch.load(cache, weights_only=True)
-        if saved.pop("key") == key:
-            return Dataset(**saved)
-    if name != "folder":
-        try:
-            items, labels, classes, *attributes = read_published(name, split, data_dir)
-        except (OSError, RuntimeError, ValueError, KeyError) as error:
-            advice = "put its img_align_celeba/ and .txt files, from mmlab.ie.cuhk.edu.hk/projects/CelebA.html, in " \
-                "celeba/ there" if name == "celeba" else "check the network, or put the files of the data set there"
-            raise Stop(f"{name} cannot be read in {root} ({error}): {advice}") from None
-    images = torch.empty(len(items), 3, size, size, dtype=torch.uint8)
-    with ThreadPoolExecutor() as pool:
-        for i, array in enumerate(pool.map(decode, items, [size] * len(items))):
-            images[i] = torch.from_numpy(array).permute(2, 0, 1)
-    if (images == images[:, :1]).all():                       # grey throughout
-        images = images[:, :1].clone()
-    labels = None if labels is None else torch.as_tensor(np.array(labels), dtype=torch.int64)
-    data = Dataset(images, labels, list(classes), *attributes)
-    try:
-        save_safely({**vars(data), "key": key}, cache)
-    except Stop as error:
-        print(f"note: {error}; the images will be decoded again next time")
-    return data
-
-
-def save_safely(content, path):
-    """Write .json, .npz or .pt by way of a temporary neighbour: a kill leaves the old file or the new, never half."""
-    temporary = Path(f"{path}.{os.getpid()}.tmp")
-    try:
-        if path.suffix == ".json":
-            temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        elif path.suffix == ".npz":
-            with open(temporary, "wb") as file:
-                np.savez(file, **content)
-        else:
-            torch.save(content, temporary)
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:                  # no permission, no space
-        temporary.unlink(missing_ok=True)
-        raise Stop(f"{path} cannot be written ({error})") from None
-
-
-def place_images(images, device):
-    """uint8 images where batches are drawn from: on the device if they fill less than half of its free memory."""
-    too_large = device.type == "cuda" and images.nbytes > torch.cuda.mem_get_info(device)[0] / 2
-    return images if too_large else images.to(device)
-
-
-def scaled(images, index, device, flip=None):
-    """uint8 images[index] -> float32 [B, C, H, W] in [-1, 1] on the device; flip: bool [B], which to mirror."""
-    x = images[index]
-    if x.device.type == "cpu" and device.type == "cuda":
-        x = x.pin_memory()
-    x = x.to(device, non_blocking=True).float() / 127.5 - 1
-    return x if flip is None else torch.where(flip[:, None, None, None], x.flip(-1), x)
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# 3  Prototypes: the section that differs between the three scripts
-# --------------------------------------------------------------------------------------------------------------------
+# ---- Prototypes: the encoder, the activations, the conditioned denoiser --------------------------
 
 def patch_encoder(channels, side, dim):
-    """Images [B, channels, side, side] in [-1, 1] -> patch features z [B, dim, h, w], h = w (the paper's encoder).
-
-    Under 128 pixels four 3x3 layers, of which a vector sees 15x15 pixels; else five 5x5 layers. Weights N(0, 0.1).
-    """
-    widths, kernel, strides = ((32, 64, 64, dim), 3, (2, 1, 1, 1)) if side < 128 else \
-        ((32, 64, 64, 128, dim), 5, (2, 2, 1, 1, 1))
+    """Images [B, channels, side, side] in [-1, 1] -> features z [B, dim, h, h], one for each patch.
+    The paper's encoder, weights N(0, 0.1): four 3x3 layers, so a patch has 15x15 pixels. From 128
+    pixels on, five 5x5 layers: kernel and strides are the paper's, the widths a choice."""
+    widths, kernel, strides = (32, 64, 64, dim), 3, (2, 1, 1, 1)
+    if side >= 128:
+        widths, kernel, strides = (32, 64, 64, 128, dim), 5, (2, 2, 1, 1, 1)
     layers = []
-    for i, (width, stride) in enumerate(zip(widths, strides)):
-        layers += [nn.Conv2d(channels, width, kernel, stride, padding=kernel // 2 if i == 0 else 0), nn.ReLU()]
+    for width, stride in zip(widths, strides):
+        padding = 0 if layers else kernel // 2
+        layers += [nn.Conv2d(channels, width, kernel, stride, padding), nn.ReLU()]
         nn.init.normal_(layers[-2].weight, 0, 0.1)
         channels = width
     return nn.Sequential(*layers)
 
-
 # exercise
 def receptive_field(encoder):
-    """start, size, step in pixels: vector i of a row of patches sees pixels start + i * step, ... (`size` of them).
-
-    From kernel, stride and padding of the convolutions (square ones), first to last; start < 0 lies in the padding. For
-    images of 32 pixels it is (-1, 15, 2).
-    """
-    start, size, step = 0, 1, 1
+    """start, size, step: feature i of a row sees `size` pixels, the first of them start + i * step.
+    The three follow from kernel, stride and padding of the convolutions, first to last. A start
+    below 0 lies in the padding. For images of 32 pixels they are (-1, 15, 2)."""
+    start = 0
+    size = 1
+    step = 1
     for layer in encoder:
         if isinstance(layer, nn.Conv2d):
             start -= layer.padding[0] * step
@@ -508,235 +169,323 @@ def receptive_field(encoder):
             step *= layer.stride[0]
     return start, size, step
 
-
 # exercise
 def patch_distances(z, prototypes):
-    """||z - p||^2 in float32, at least 0: patches z [B, D, h, w], prototypes [m, D] -> [B, m, h, w].
-
-    As ||z||^2 - 2 z.p + ||p||^2, which needs no [B, m, D, h, w]; rounding may bring it below 0. float32 under autocast.
-    """
-    with torch.autocast(z.device.type, enabled=False):        # differences of large numbers want their digits
-        z, p = z.float(), prototypes.float()
+    """||z - p||^2 in float32: patches z [B, D, h, w], prototypes [m, D] -> [B, m, h, w].
+    Computed as ||z||^2 - 2 z.p + ||p||^2, which avoids a tensor [B, m, D, h, w]. These terms nearly
+    cancel: hence float32 even in mixed precision, and a clamp for what rounding brings below 0."""
+    with torch.autocast(z.device.type, enabled=False):
+        z = z.float()
+        p = prototypes.float()
         cross = torch.einsum("bdhw,md->bmhw", z, p)
-        return (z.square().sum(1, keepdim=True) - 2 * cross + p.square().sum(1)[:, None, None]).clamp(min=0)
-
-
-EPSILON = 1e-4
-
+        d = z.square().sum(1, keepdim=True) - 2 * cross + p.square().sum(1)[:, None, None]
+        return d.clamp(min=0)
 
 # exercise
 def activation(d):
-    """s = log((d + 1) / (d + 1e-4)) of a squared distance (ProtoPNet): from 9.2 at d = 0 down to 0."""
-    return torch.log((d + 1) / (d + EPSILON))
+    """s = log((d + 1) / (d + 1e-4)) of a squared distance (ProtoPNet): from 9.2 at d = 0 to 0."""
+    return torch.log((d + 1) / (d + 1e-4))
 
+LARGEST = math.log(1e4)                 # activation(0)
 
 def distinctness_loss(prototypes):
-    """Mean hinge (0.2 - distance to the nearest other)+ of prototypes [m, D], where a distance is 1 - |cosine|."""
+    """Mean of max(0, 0.2 - u) over prototypes [m, D]; u: least 1 - |cosine| to another one."""
     p = F.normalize(prototypes.float(), dim=1)
-    apart = 1 - (p @ p.T).abs() + 2 * torch.eye(len(p), device=p.device)            # not oneself
+    apart = 1 - (p @ p.T).abs() + 2 * torch.eye(len(p), device=p.device)    # 2 excludes itself
     return (0.2 - apart.amin(1)).clamp(min=0).mean()
 
-
 def correlation(s):
-    """Pearson correlations between columns of s [N, m] -> [m, m]; 0 for a column that does not vary."""
+    """Pearson correlations of the columns of s [N, m] -> [m, m]; 0 where a column does not vary."""
     s = s - s.mean(0)
-    s = s / s.square().sum(0).clamp(min=1e-12).sqrt()         # clamped before the root: its gradient at 0 is infinite
+    s = s / s.square().sum(0).clamp(min=1e-12).sqrt()   # the gradient of a root at 0 is infinite
     return s.T @ s
 
-
 def decorrelation_loss(s):
-    """Mean squared correlation between different activations over a batch, s [B, m]; the paper leaves it open."""
+    """Mean squared correlation of different activations, s [B, m]. choice: the paper has none."""
     r = correlation(s.float())
     return (r * (1 - torch.eye(len(r), device=r.device))).square().sum() / (len(r) * (len(r) - 1))
 
-
-@torch.no_grad()
-def spread_points(z, n, seed):
-    """k-means++ (Arthur & Vassilvitskii 2007): n of the points z [N, D], each drawn by squared distance -> [n, D]."""
-    gen = torch.Generator().manual_seed(seed_of(seed, 7))
-    z = z.float().cpu()
-    chosen = [torch.randint(len(z), (), generator=gen)]
-    nearest = (z - z[chosen[0]]).square().sum(1)
-    while len(chosen) < n:
-        chosen.append(torch.multinomial(nearest + 1e-12, 1, generator=gen)[0])
-        nearest = torch.minimum(nearest, (z - z[chosen[-1]]).square().sum(1))
-    return z[torch.stack(chosen)]
-
-
-SPREAD = 1.0                            # variance of a patch's features at the start, summed over their D numbers
-
-
-class Patronus(nn.Module):
-    """Noise predictor eps(xt, t, s), conditioned on activations s [B, m]; with x0 on those of the clean image.
-
-    In training: forward(xt, t, None, x0) -> noise, s, penalties. latent: the model that draws s, trained afterwards.
-    hide: probability with which the denoiser is not told an activation in training (choice). Prototypes of one pattern
-    come and go together; told all of them, always, the denoiser need not listen to any by itself.
-    """
-    def __init__(self, unet, encoder, m, dim, latent, hide=0.0):
-        super().__init__()
-        self.unet, self.encoder, self.latent, self.hide = unet, encoder, latent.requires_grad_(False), hide
-        self.prototypes = nn.Parameter(torch.rand(m, dim))    # U(0, 1), as in ProtoPNet
-        self.mlp = nn.Sequential(nn.Linear(m, unet.emb_dim), nn.SiLU(), nn.Linear(unet.emb_dim, unet.emb_dim))
-        self.register_buffer("mean", torch.zeros(m))          # of s at the start: what the MLP sees is standardised
-        self.register_buffer("std", torch.ones(m))
-
-    def maps(self, x0):
-        """Activation of every prototype by every patch of images [B, C, S, S] -> [B, m, h, w]: where."""
-        return activation(patch_distances(self.encoder(x0), self.prototypes))
-
-    def encode(self, x0):
-        """Activations by the closest patch, s [B, m], s_j from 0 to 9.2: what."""
-        return activation(patch_distances(self.encoder(x0), self.prototypes).amin((2, 3)))
-
-    def forward(self, xt, t, s, x0=None):
-        if x0 is None:
-            return self.unet(xt, t, self.mlp((s - self.mean) / self.std))
-        s = self.encode(x0)
-        with torch.autocast(x0.device.type, enabled=False):
-            penalties = {"distinctness": distinctness_loss(self.prototypes), "decorrelation": decorrelation_loss(s)}
-        told = F.dropout((s - self.mean) / self.std, self.hide, self.training)
-        return self.unet(xt, t, self.mlp(told)), s, penalties
-
-    @torch.no_grad()
-    def begin(self, images, cfg, device):
-        """Start at patches of real images: layers scaled one by one, features to a variance of SPREAD, then k-means++.
-
-        From the paper's start squared distances are in the thousands, where activations are all alike and near 0.
-        """
-        index = random_index(images, min(500, len(images)), cfg.seed, 8)
-        z = scaled(images, index, device)
-        for layer in self.to(device).encoder:                 # [N, D, h, w]
-            z = layer(z)
-            if isinstance(layer, nn.Conv2d):
-                size, z = z.std(), z / z.std()
-                layer.weight /= size
-                layer.bias /= size
-        scale = (SPREAD / z.transpose(0, 1).flatten(1).var(1).sum()).sqrt()
-        self.encoder[-2].weight *= scale
-        self.encoder[-2].bias *= scale
-        patches = (z * scale).permute(0, 2, 3, 1).flatten(0, 2)                     # [N h w, D]
-        some = torch.randperm(len(patches), generator=torch.Generator().manual_seed(seed_of(cfg.seed, 7)))[:5000]
-        self.prototypes.copy_(spread_points(patches.cpu()[some], len(self.prototypes), cfg.seed))
-        s = self.encode(scaled(images, index, device))
-        self.mean.copy_(s.mean(0))
-        self.std.copy_(s.std(0).clamp(min=1e-3))
-
-    def param_groups(self, cfg):
-        slow = [*self.encoder.parameters(), self.prototypes]
-        rest = [*self.unet.parameters(), *self.mlp.parameters()]
-        return [dict(params=slow, factor=cfg.encoder_lr, start=0), dict(params=rest, factor=1.0, start=0)]
-
-
 def level_weights(abar, emphasis):
-    """Weight of the noise loss at each noise level, [T]: abar ** -emphasis, cut off at 50, then of mean 1 (choice).
-
-    At high noise "all is noise" is nearly right, so the plain loss hardly feels a wrong brightness, which is settled
-    there, and the denoiser does not learn to take it from s, although s knows it.
-    """
+    """Weights of the noise loss, [T]: abar_t ** -emphasis, at most 50, divided by their mean.
+    choice: high noise counts more. Overall brightness is decided there, but xt is nearly eps, so a
+    wrong brightness hardly raises the plain loss, and the denoiser would not learn it from s."""
     weights = (abar ** -emphasis).clamp(max=50)
     return weights / weights.mean()
 
-
-def patronus_loss(cfg, net, batch, abar):
-    """The noise loss, with s from the clean image: it trains denoiser, encoder and prototypes jointly."""
-    eps, s, penalties = net(add_noise(batch.x0, batch.t, batch.eps, abar), batch.t, None, batch.x0)
-    errors = (eps.float() - batch.eps).square().mean((1, 2, 3))                     # [B]
-    weighted = (errors * level_weights(abar, cfg.emphasis)[batch.t]).mean()
-    total = weighted + sum(getattr(cfg, name) * penalty for name, penalty in penalties.items())
-    return {"loss": total, "diffusion": errors.mean(), **penalties,
-            "spread of s": s.detach().std(0, correction=0).mean()}                  # 0: all images look alike to them
-
-
-class LatentModel(nn.Module):
-    """Noise predictor of the latent diffusion: standardised activations [B, m, 1, 1], t [B] -> [B, m, 1, 1].
-
-    mean, std [m]: what s was standardised with. trained_at: step of the run whose activations it has learned.
-    """
-    def __init__(self, m, width, layers=4):
+class Patronus(nn.Module):
+    """Predicts noise from xt, t and s, the activations of x0; mean, std [m] standardise s for that.
+    latent: a model of s, trained afterwards (train_latent), hence without a gradient here."""
+    def __init__(self, unet, cfg, channels):
         super().__init__()
-        self.width, self.first, self.last = width, nn.Linear(m, width), zeroed(nn.Linear(width, m))
-        self.time_mlp = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
-        self.layers = nn.ModuleList(nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.SiLU(),
-                                                  nn.Linear(width, width)) for _ in range(layers))
+        m = cfg.num_prototypes
+        E = unet.emb_dim
+        self.unet = unet
+        self.encoder = patch_encoder(channels, cfg.image_size, cfg.prototype_dim)
+        self.prototypes = nn.Parameter(torch.rand(m, cfg.prototype_dim))    # as in ProtoPNet
+        self.mlp = nn.Sequential(nn.Linear(m, E), nn.SiLU(), nn.Linear(E, E))
         self.register_buffer("mean", torch.zeros(m))
         self.register_buffer("std", torch.ones(m))
-        self.register_buffer("trained_at", torch.tensor(-1))
+        self.latent = LatentModel(cfg).requires_grad_(False)
+
+    def maps(self, x0):
+        """The activation of every prototype at every patch, [B, m, h, w]: "where"."""
+        return activation(patch_distances(self.encoder(x0), self.prototypes))
+
+    def encode(self, x0):
+        """s [B, m]: the largest activation over patches, which is that of the least distance."""
+        return self.maps(x0).amax((2, 3))
+
+    def denoise(self, xt, t, s, hide=0.0):
+        """xt [B, C, H, W], t [B] in 0..T-1, s [B, m] -> the predicted noise, [B, C, H, W].
+        hide: probability that an activation is set to its mean, 0 (the rest grow by 1/(1 - hide)).
+        choice: prototypes of one pattern vary together; given all, the denoiser may ignore some."""
+        condition = F.dropout((s - self.mean) / self.std, hide)
+        return self.unet(xt, t, self.mlp(condition))
+
+    def forward(self, batch, abar, cfg):
+        """Losses of a Batch, as a dict: they train encoder, prototypes and denoiser together."""
+        s = self.encode(batch.x0)
+        xt = add_noise(batch.x0, batch.t, batch.eps, abar)
+        predicted = self.denoise(xt, batch.t, s, cfg.hide)
+        with torch.autocast(s.device.type, enabled=False):
+            errors = (predicted.float() - batch.eps).square().mean((1, 2, 3))     # [B]
+            weighted = errors * level_weights(abar, cfg.emphasis)[batch.t]
+            distinctness = distinctness_loss(self.prototypes)
+            decorrelation = decorrelation_loss(s)
+        penalties = cfg.distinctness * distinctness + cfg.decorrelation * decorrelation
+        return dict(loss=weighted.mean() + penalties, diffusion=errors.mean(),
+                    distinctness=distinctness, decorrelation=decorrelation,
+                    spread_of_s=s.std(0, correction=0).mean())
+
+    def param_groups(self, cfg):
+        """For `train`: lr = factor * cfg.lr, from the fraction start of the steps on."""
+        slow = [*self.encoder.parameters(), self.prototypes]
+        network = [*self.unet.parameters(), *self.mlp.parameters()]
+        return [dict(params=slow, factor=cfg.encoder_lr, start=0.0),
+                dict(params=network, factor=1.0, start=0.0)]
+
+    @torch.no_grad()
+    def begin(self, cfg, sets, folder, device):
+        """Start encoder and prototypes from real images -> what the run must remember, as a dict.
+        choice: scale each convolution to output std 1 and the features to total variance 1, then
+        take patches by k-means++ as prototypes; set mean, std of s. With the paper's start, squared
+        distances are in the thousands, where `activation` is flat and near 0."""
+        images = sets[0].images                         # of the training set
+        known = dict(targets=torch.zeros(len(images), dtype=torch.int64), figures={})   # no labels
+        if cfg.start == "uniform":
+            return known
+        index = random_index(len(images), min(500, len(images)), cfg.seed, "start")
+        x0 = scaled(images, index, device)
+        z = x0
+        for layer in self.to(device).encoder:           # z: [N, D, h, w]
+            z = layer(z)
+            if isinstance(layer, nn.Conv2d):
+                spread = z.std()
+                for parameter in layer.parameters():
+                    parameter /= spread
+                z = z / spread
+        scale = z.transpose(0, 1).flatten(1).var(1).sum().rsqrt()
+        for parameter in self.encoder[-2].parameters():     # before the last ReLU
+            parameter *= scale
+        patches = (z * scale).permute(0, 2, 3, 1).flatten(0, 2)             # [N h w, D]
+        some = patches[shuffled(len(patches), 5000, cfg.seed, "patches").to(device)]
+        self.prototypes.copy_(spread_points(some.cpu(), cfg.num_prototypes, cfg.seed))
+        s = self.encode(x0)
+        self.mean.copy_(s.mean(0))
+        self.std.copy_(s.std(0).clamp(min=1e-3))
+        return known
+
+    def quality(self, cfg, run, sets):
+        """For --eval-every: figures of the judge, if the images have known traits."""
+        figures, _ = measure_traits(cfg, run, sets)
+        return {name: figures[name] for name in ("frechet", "leak") if name in figures}
+
+class LatentModel(nn.Module):
+    """Noise predictor for standardised activations: x [B, m, 1, 1], t [B] -> [B, m, 1, 1].
+    choice: an MLP, since the order of prototypes has no locality for the paper's 1-D convolutions.
+    mean, std [m]: of the s that it is trained on."""
+    def __init__(self, cfg):
+        super().__init__()
+        m = cfg.num_prototypes
+        width = cfg.latent_width
+        self.first = nn.Linear(m, width)
+        self.time_mlp = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+        self.layers = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.SiLU(),
+                          nn.Linear(width, width)) for _ in range(4))
+        self.last = zeroed(nn.Linear(width, m))
+        self.register_buffer("mean", torch.zeros(m))
+        self.register_buffer("std", torch.ones(m))
 
     def forward(self, x, t, condition=None):
-        emb, h = self.time_mlp(time_embedding(t, self.width)), self.first(x.flatten(1))
+        h = self.first(x.flatten(1))
+        emb = self.time_mlp(time_embedding(t, h.shape[1]))
         for layer in self.layers:
             h = h + layer(h + emb)
         return self.last(h).view_as(x)
 
-
-def train_latent(latent, s, cfg, step, device):
-    """Fit the latent model to activations s [N, m] of all training images by the noise loss, in float32 -> itself."""
-    latent.mean.copy_(s.mean(0))
-    latent.std.copy_(torch.where(s.std(0) > 1e-6, s.std(0), 1))
-    s, abar = ((s.to(device) - latent.mean) / latent.std)[:, :, None, None], alpha_bars(cfg.latent_timesteps).to(device)
-    torch.manual_seed(seed_of(cfg.seed, 12))
-    model, gen = LatentModel(len(latent.mean), latent.width).to(device), torch.Generator(device)
-    model.mean.copy_(latent.mean)
-    model.std.copy_(latent.std)
-    latent.load_state_dict(model.state_dict())                # the average starts where training does
+def train_latent(s, cfg, device):
+    """A LatentModel of activations s [N, m], by the noise loss, in float32: its moving average."""
+    torch.manual_seed(seed_of(cfg.seed, "latent model"))
+    gen = torch.Generator(device).manual_seed(seed_of(cfg.seed, "latent training"))
+    model = LatentModel(cfg).to(device)
+    s = s.to(device)
+    model.mean.copy_(s.mean(0))
+    model.std.copy_(s.std(0).clamp(min=1e-3))
+    average = copy.deepcopy(model).requires_grad_(False)
+    abar = alpha_bars(cfg.latent_timesteps).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=cfg.latent_steps + 1)
-    for i in range(cfg.latent_steps):
-        gen.manual_seed(seed_of(cfg.seed, 10, i))
-        x0 = s[random_index(s, 256, cfg.seed, 9, i)]
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, cfg.latent_steps + 1)
+    for step in range(cfg.latent_steps):
+        index = torch.randint(len(s), (256,), generator=gen, device=device)
+        x0 = ((s[index] - model.mean) / model.std)[:, :, None, None]
         t = torch.randint(cfg.latent_timesteps, (256,), generator=gen, device=device)
         eps = torch.randn(x0.shape, generator=gen, device=device)
         noise_loss(model, x0, None, t, eps, abar).backward()
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
-        update_average(latent, model, i)
-        if sys.stdout.isatty() and (i + 1) % 100 == 0:
-            progress(f"latent model: step {i + 1}/{cfg.latent_steps}")
-    latent.trained_at.fill_(step)
-    return latent
+        update_average(average, model, step)
+    return average
 
+def draw_activations(cfg, run, n):
+    """n activation vectors of the latent diffusion, [n, m] on the CPU.
+    choice: DDIM through all its levels, not clipped, as in diffusion autoencoders."""
+    latent = run.model.latent
+    gen = torch.Generator(run.device).manual_seed(seed_of(cfg.seed, "drawing activations"))
+    xT = torch.randn(n, cfg.num_prototypes, 1, 1, generator=gen, device=run.device)
+    abar = alpha_bars(cfg.latent_timesteps)
+    x = sample(latent, xT, abar, cfg.latent_timesteps, "ddim", clip=False)
+    return (x.flatten(1) * latent.std + latent.mean).clamp(0, LARGEST).cpu()
+
+# ---- Diffusion: process, loss, guidance, samplers; all in float32 but the network ----------------
+
+def alpha_bars(T):
+    """abar [T], float32: the cumulative product of 1 - beta (DDPM, section 4).
+    Betas are linear from 1e-4 to 0.02 at T = 1000; for another T they are scaled by 1000 / T, which
+    keeps the course of abar. Raises Stop if a beta would reach 1."""
+    betas = torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * 1000 / T
+    check(betas.max() < 1, "there are too few noise levels, a beta would reach 1: take 21 or more")
+    return (1 - betas).cumprod(0).float()
+
+# exercise
+def add_noise(x0, t, eps, abar):
+    """xt = sqrt(abar_t) x0 + sqrt(1 - abar_t) eps (DDPM eq. 4). x0, eps, xt [B, C, H, W]; t [B]."""
+    a = abar[t][:, None, None, None]
+    return a.sqrt() * x0 + (1 - a).sqrt() * eps
+
+# exercise
+def noise_loss(model, x0, condition, t, eps, abar):
+    """Squared error of the predicted noise, mean over all elements (DDPM eq. 14), in float32.
+    The prediction is model(xt, t, condition) for the xt of add_noise, perhaps in 16 bits."""
+    predicted = model(add_noise(x0, t, eps, abar), t, condition)
+    return F.mse_loss(predicted.float(), eps)
+
+def sample_times(T, steps):
+    """Noise levels of `steps` steps, T - 1 first: round(T - i T / steps) - 1 (trailing spacing)."""
+    return [round(T - i * T / steps) - 1 for i in range(steps)]
+
+# exercise
+def ddim_step(x, x0, eps, a, a_next, eta=0.0, noise=None):
+    """From x at abar a, with predictions x0 and eps, to abar a_next (Song et al. 2021, eq. 12).
+    sqrt(a_next) x0 + sqrt(1 - a_next - sigma^2) eps + sigma noise, with sigma =
+    eta sqrt((1 - a_next) / (1 - a)) sqrt(1 - a / a_next) (eq. 16). The clamp is for rounding, which
+    may make 1 - a_next - sigma^2 negative. eta = 0 needs no noise; eta = 1 is ddpm_step."""
+    sigma = eta * ((1 - a_next) / (1 - a) * (1 - a / a_next)).sqrt()
+    mean = a_next.sqrt() * x0 + (1 - a_next - sigma ** 2).clamp(min=0).sqrt() * eps
+    return mean if eta == 0 else mean + sigma * noise
+
+def ddpm_step(x, x0, a, a_next, noise):
+    """The posterior q(x_next | x, x0) (DDPM eq. 6-7); between levels, beta is 1 - a / a_next."""
+    beta = 1 - a / a_next
+    mean = (a_next.sqrt() * beta * x0 + (a / a_next).sqrt() * (1 - a_next) * x) / (1 - a)
+    return mean + ((1 - a_next) / (1 - a) * beta).sqrt() * noise
+
+# exercise
+def dpmpp_step(x, x0, a, a_next, x0_before=None, a_before=None):
+    """DPM-Solver++(2M) (Lu et al. 2022, alg. 2), with lambda = log(sqrt(a) / sqrt(1 - a)).
+    With h = lambda_next - lambda: sqrt((1 - a_next) / (1 - a)) x - sqrt(a_next) (exp(-h) - 1) D.
+    First order: D = x0. Second: D = (1 + 1 / (2r)) x0 - x0_before / (2r), where r h = lambda -
+    lambda_before. The first step (no x0_before) and the last (a_next = 1, where lambda is infinite)
+    are of first order."""
+    def half_log_snr(a):                                # lambda
+        return 0.5 * (a.log() - (1 - a).log())
+    h = half_log_snr(a_next) - half_log_snr(a)
+    D = x0                                              # the image that the step aims at, as in Lu
+    if x0_before is not None and a_next < 1:
+        r = (half_log_snr(a) - half_log_snr(a_before)) / h
+        D = (1 + 1 / (2 * r)) * x0 - x0_before / (2 * r)
+    return ((1 - a_next) / (1 - a)).sqrt() * x - a_next.sqrt() * torch.expm1(-h) * D
 
 @torch.no_grad()
-def draw_activations(latent, cfg, n, device):
-    """n activation vectors from the latent diffusion, [n, m] on the CPU: DDIM through all its levels, not clipped."""
-    gen = torch.Generator(device).manual_seed(seed_of(cfg.seed, 11))
-    xT = torch.randn(n, len(latent.mean), 1, 1, generator=gen, device=device)
-    x = sample(latent, xT, alpha_bars(cfg.latent_timesteps), cfg.latent_timesteps, "ddim", clip=False)
-    return (x.flatten(1) * latent.std + latent.mean).clamp(0, -math.log(EPSILON)).cpu()
+def sample(predict, xT, abar, steps=20, sampler="dpmpp", clip=True, generator=None):
+    """From noise to images, a loop for all samplers: xT ~ N(0, I) [B, C, H, W] -> x0 [B, C, H, W].
+    predict(x, t [B]) -> noise [B, C, H, W], float32, is called once a step. clip: clamp the
+    predicted image to [-1, 1] and derive the noise from it again. generator: of the noise that
+    "ddpm" adds."""
+    x = xT
+    before = ()                                         # x0 and abar of the step before, for dpmpp
+    times = sample_times(len(abar), steps)
+    levels = [*abar.cpu()[times], torch.ones(())]       # on the CPU: comparing needs no sync
+    for t, a, a_next in zip(times, levels, levels[1:]):
+        eps = predict(x, torch.full((len(x),), t, device=x.device))
+        x0 = (x - (1 - a).sqrt() * eps) / a.sqrt()      # DDPM eq. 4, solved for x0
+        if clip:
+            x0 = x0.clamp(-1, 1)
+            eps = (x - a.sqrt() * x0) / (1 - a).sqrt()
+        if sampler == "ddpm":
+            noise = torch.randn(x.shape, generator=generator, device=x.device)
+            x = ddpm_step(x, x0, a, a_next, noise)
+        elif sampler == "ddim":
+            x = ddim_step(x, x0, eps, a, a_next)
+        else:
+            x = dpmpp_step(x, x0, a, a_next, *before)
+            before = (x0, a)
+    return x
 
+# exercise
+@torch.no_grad()
+def invert(predict, x0, abar, steps):
+    """The DDIM ODE upwards (Song et al. 2021, section 4.3): a clean image x0 -> its noise xT.
+    It takes the levels of `sample`, lowest first. Each step is ddim_step with eta = 0, from abar a
+    to a_next < a, with eps predicted at the current x and its t. The first step starts at abar = 1,
+    which has no t, and uses the lowest t; so the lowest t is used twice, and T - 1 never."""
+    times = sample_times(len(abar), steps)[::-1]
+    levels = [torch.ones(()), *abar.cpu()[times]]
+    x = x0
+    for t, a, a_next in zip([times[0], *times[:-1]], levels, levels[1:]):
+        eps = predict(x, torch.full((len(x),), t, device=x.device))
+        clean = (x - (1 - a).sqrt() * eps) / a.sqrt()   # DDPM eq. 4, solved for x0
+        x = a_next.sqrt() * clean + (1 - a_next).sqrt() * eps
+    return x
 
-# --------------------------------------------------------------------------------------------------------------------
-# 4  U-Net (Ho et al. 2020, DDPM)
-# --------------------------------------------------------------------------------------------------------------------
+# ---- U-Net (Ho et al. 2020, DDPM) ----------------------------------------------------------------
 
 def time_embedding(t, dim):
-    """Sinusoids of the noise level (Vaswani et al. 2017, section 3.5): t [B] -> [B, dim], dim even."""
+    """Sinusoids of the noise level (Vaswani et al. 2017, section 3.5): t [B] -> [B, dim]."""
     frequency = torch.exp(-math.log(10_000) * torch.arange(dim // 2, device=t.device) / (dim // 2))
     angle = t.float()[:, None] * frequency
     return torch.cat([angle.sin(), angle.cos()], dim=1)
 
-
 def group_norm(channels):
-    """32 groups, or fewer, of at least 4 channels: a channel normalised alone forgets its mean, the colour."""
+    """4 channels or more a group: in a group alone, a channel would lose its mean, hence colour."""
     return nn.GroupNorm(math.gcd(32, channels // 4), channels)
 
-
 def zeroed(layer):
-    """The layer with its weights at zero: the block that it closes starts as the identity."""
+    """The layer with its weights at zero: the block that it closes starts as its skip alone."""
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
-
 
 class ResBlock(nn.Module):
     """x [B, c_in, H, W], emb [B, E] -> [B, c_out, H, W]."""
     def __init__(self, c_in, c_out, emb_dim, dropout):
         super().__init__()
-        self.norm1, self.conv1 = group_norm(c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.norm1 = group_norm(c_in)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
         self.emb = nn.Linear(emb_dim, c_out)
-        self.norm2, self.conv2 = group_norm(c_out), zeroed(nn.Conv2d(c_out, c_out, 3, padding=1))
+        self.norm2 = group_norm(c_out)
+        self.conv2 = zeroed(nn.Conv2d(c_out, c_out, 3, padding=1))
         self.dropout = nn.Dropout(dropout)
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
@@ -746,344 +495,117 @@ class ResBlock(nn.Module):
         h = self.conv2(self.dropout(F.silu(self.norm2(h))))
         return self.skip(x) + h
 
-
 class Attention(nn.Module):
-    """Self-attention over the pixels of x [B, C, H, W], in heads of 64 channels (one head if C is no multiple)."""
+    """Self-attention over the pixels of x [B, C, H, W], in heads of 64 channels or one head."""
     def __init__(self, channels):
         super().__init__()
         self.heads = channels // 64 if channels % 64 == 0 else 1
-        self.norm, self.qkv = group_norm(channels), nn.Linear(channels, 3 * channels)
+        self.norm = group_norm(channels)
+        self.qkv = nn.Linear(channels, 3 * channels)
         self.out = zeroed(nn.Linear(channels, channels))
 
     def forward(self, x, emb):
-        B, C, H, W = x.shape
-        pixels = self.norm(x).flatten(2).transpose(1, 2)                            # [B, HW, C]
-        qkv = self.qkv(pixels).view(B, H * W, 3, self.heads, C // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                        # each [B, heads, HW, C / heads]
-        h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, H * W, C)
-        return x + self.out(h).transpose(1, 2).reshape(B, C, H, W)
-
+        pixels = self.norm(x).flatten(2).transpose(1, 2)        # [B, HW, C]
+        qkv = self.qkv(pixels).unflatten(2, (3, self.heads, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                    # each [B, heads, HW, C / heads]
+        h = F.scaled_dot_product_attention(q, k, v)
+        h = self.out(h.transpose(1, 2).flatten(2))              # [B, HW, C]
+        return x + h.transpose(1, 2).reshape(x.shape)
 
 class Stage(nn.ModuleList):
-    """Blocks one after the other, each of which sees the embedding."""
+    """Blocks one after the other. ResBlock and Attention are given emb; Attention ignores it."""
     def forward(self, x, emb):
         for block in self:
-            x = block(x, emb)
+            x = block(x, emb) if isinstance(block, (ResBlock, Attention)) else block(x)
         return x
 
-
 class UNet(nn.Module):
-    """DDPM's noise predictor: x [B, C, S, S], t [B] in 0..T-1, condition [B, emb_dim] or None -> [B, C, S, S].
-
-    The condition is added to the time embedding, which every residual block reads. Attention at levels whose side is
-    at most `attention`, and in the middle. S must be divisible by 2 ** (levels - 1). The output starts at zero.
-    """
-    def __init__(self, image_channels, side, channels, multipliers, blocks, attention, dropout):
+    """Noise predictor: x [B, C, S, S], t [B] in 0..T-1, condition [B, emb_dim] -> [B, C, S, S].
+    The condition is added to the time embedding, which every residual block reads. The output
+    starts at zero."""
+    def __init__(self, image_channels, cfg):
         super().__init__()
-        self.channels, self.emb_dim, E = channels, 4 * channels, 4 * channels
-        self.time_mlp = nn.Sequential(nn.Linear(channels, E), nn.SiLU(), nn.Linear(E, E))
-        self.first = nn.Conv2d(image_channels, channels, 3, padding=1)
-        self.down, self.up, skips, c = nn.ModuleList(), nn.ModuleList(), [channels], channels
+        c = cfg.channels                                # of the current level
+        E = self.emb_dim = 4 * c
+        self.time_mlp = nn.Sequential(nn.Linear(c, E), nn.SiLU(), nn.Linear(E, E))
+        widths = [c * int(factor) for factor in cfg.multipliers.split(",")]
+        def block(c_in, c_out, level):
+            attend = [Attention(c_out)] if cfg.image_size >> level <= cfg.attention else []
+            return Stage([ResBlock(c_in, c_out, E, cfg.dropout), *attend])
+        self.down = nn.ModuleList()
+        skips = []                                      # channels of the skip connections
+        c_in = image_channels                           # into the level; later equal to c
+        for level, width in enumerate(widths):          # all levels but the first halve the image
+            self.down.append(Stage([nn.Conv2d(c_in, c, 3, stride=1 + (level > 0), padding=1)]))
+            skips.append(c)
+            for _ in range(cfg.blocks):
+                self.down.append(block(c, width, level))
+                c = width
+                skips.append(c)
+            c_in = c
+        self.middle_width = c
+        self.middle = Stage([ResBlock(c, c, E, cfg.dropout), Attention(c),
+                             ResBlock(c, c, E, cfg.dropout)])
+        self.up = nn.ModuleList()
+        for level, width in reversed(list(enumerate(widths))):
+            for _ in range(cfg.blocks + 1):
+                self.up.append(block(c + skips.pop(), width, level))
+                c = width
+            if level > 0:
+                self.up[-1].extend([nn.Upsample(scale_factor=2), nn.Conv2d(c, c, 3, padding=1)])
+        last = zeroed(nn.Conv2d(c, image_channels, 3, padding=1))
+        self.last = nn.Sequential(group_norm(c), nn.SiLU(), last)
 
-        def level_block(c_in, c_out, level):
-            attend = [Attention(c_out)] if side >> level <= attention else []
-            return Stage([ResBlock(c_in, c_out, E, dropout), *attend])
-        for level, m in enumerate(multipliers):
-            if level > 0:
-                self.down.append(nn.Conv2d(c, c, 3, stride=2, padding=1))
-                skips.append(c)
-            for _ in range(blocks):
-                self.down.append(level_block(c, m * channels, level))
-                c = m * channels
-                skips.append(c)
-        self.middle = Stage([ResBlock(c, c, E, dropout), Attention(c), ResBlock(c, c, E, dropout)])
-        for level, m in reversed(list(enumerate(multipliers))):
-            for _ in range(blocks + 1):
-                self.up.append(level_block(c + skips.pop(), m * channels, level))
-                c = m * channels
-            if level > 0:
-                self.up.append(nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(c, c, 3, padding=1)))
-        self.last = nn.Sequential(group_norm(c), nn.SiLU(), zeroed(nn.Conv2d(c, image_channels, 3, padding=1)))
+    def embed(self, t):
+        """The embedding of noise levels t [B] -> [B, emb_dim]."""
+        return self.time_mlp(time_embedding(t, self.emb_dim // 4))
 
     def encode(self, x, emb):
-        """x [B, C, S, S], emb [B, E] -> features before the middle, [B, c, s, s], and those that skip it."""
-        h = self.first(x)
-        skips = [h]
-        for layer in self.down:
-            h = layer(h, emb) if isinstance(layer, Stage) else layer(h)
-            skips.append(h)
-        return h, skips
+        """x [B, C, S, S], emb [B, E] -> features [B, c, s, s], list of skip connections."""
+        skips = []
+        for stage in self.down:
+            x = stage(x, emb)
+            skips.append(x)
+        return x, skips
 
-    def decode(self, h, skips, emb):
-        h = self.middle(h, emb)
-        for layer in self.up:
-            h = layer(torch.cat([h, skips.pop()], dim=1), emb) if isinstance(layer, Stage) else layer(h)
-        return self.last(h)
+    def decode(self, x, skips, emb):
+        """Features before the middle, and skip connections -> [B, C, S, S]."""
+        x = self.middle(x, emb)
+        for stage in self.up:
+            x = stage(torch.cat([x, skips.pop()], dim=1), emb)
+        return self.last(x)
 
-    def forward(self, x, t, condition=None):
-        emb = self.time_mlp(time_embedding(t, self.channels))                       # [B, E]
-        emb = emb if condition is None else emb + condition
+    def forward(self, x, t, condition=0.0):
+        emb = self.embed(t) + condition
         return self.decode(*self.encode(x, emb), emb)
 
+# ---- Training: one loop for every method, which brings its losses as model.forward ---------------
 
-# --------------------------------------------------------------------------------------------------------------------
-# 5  Diffusion: process, loss, samplers, inversion (float32; only the network runs in mixed precision)
-# --------------------------------------------------------------------------------------------------------------------
-
-def alpha_bars(T):
-    """abar [T], float32: cumulative product of 1 - beta, betas linear from 1e-4 to 0.02 at T = 1000 (DDPM, section 4).
-
-    Another T scales the betas by 1000 / T, which keeps abar's course. Stop if a beta would reach 1.
-    """
-    betas = torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * 1000 / T
-    if betas.max() >= 1:
-        raise Stop(f"--timesteps {T} are too few, a noise variance would reach 1: take 21 or more")
-    return (1 - betas).cumprod(0).float()
-
-
-# exercise
-def add_noise(x0, t, eps, abar):
-    """Forward process xt = sqrt(abar_t) x0 + sqrt(1 - abar_t) eps (DDPM eq. 4). x0, eps, xt [B, C, H, W]; t [B]."""
-    a = abar[t][:, None, None, None]
-    return a.sqrt() * x0 + (1 - a).sqrt() * eps
-
-
-# exercise
-def noise_loss(model, x0, condition, t, eps, abar):
-    """Squared error of the predicted noise, mean over all elements (DDPM eq. 14), in float32.
-
-    The prediction is model(xt, t, condition), of add_noise's xt; in mixed precision it may come in 16 bits.
-    """
-    return F.mse_loss(model(add_noise(x0, t, eps, abar), t, condition).float(), eps)
-
-
-def sample_times(T, steps):
-    """The noise levels of a run of 1 <= steps <= T: trailing spacing, round(T - i T / steps) - 1, T - 1 first."""
-    return [round(T - i * T / steps) - 1 for i in range(steps)]
-
-
-# exercise
-def ddim_step(x, x0, eps, a, a_next, eta=0.0, noise=None):
-    """Song et al. 2021, eq. 12: x at abar a, with predictions x0 and eps -> x at abar a_next. eta = 1: ddpm_step.
-
-    sqrt(a_next) x0 + sqrt(1 - a_next - sigma^2) eps + sigma noise, where sigma = eta sqrt((1 - a_next) / (1 - a))
-    sqrt(1 - a / a_next) (eq. 16). Rounding may bring what is under the second root below 0. eta = 0 needs no noise.
-    """
-    sigma = eta * ((1 - a_next) / (1 - a) * (1 - a / a_next)).sqrt()                # Song eq. 16
-    mean = a_next.sqrt() * x0 + (1 - a_next - sigma ** 2).clamp(min=0).sqrt() * eps
-    return mean if eta == 0 else mean + sigma * noise
-
-
-def ddpm_step(x, x0, a, a_next, noise):
-    """The posterior q(x_next | x, x0) (DDPM eq. 6-7); on a subsequence of the levels, beta is 1 - a / a_next."""
-    beta = 1 - a / a_next
-    mean = (a_next.sqrt() * beta * x0 + (a / a_next).sqrt() * (1 - a_next) * x) / (1 - a)
-    return mean + ((1 - a_next) / (1 - a) * beta).sqrt() * noise
-
-
-# exercise
-def dpmpp_step(x, x0, a, a_next, x0_before=None, a_before=None):
-    """DPM-Solver++(2M) (Lu et al. 2022, alg. 2); first order without the step before, and to the clean image.
-
-    lambda = log(sqrt(a) / sqrt(1 - a)). The last step (a_next = 1) is infinite in lambda, which leaves no second order.
-    With h = lambda_next - lambda: sqrt((1 - a_next) / (1 - a)) x - sqrt(a_next) (exp(-h) - 1) D. First order: D = x0;
-    second: D = (1 + 1 / 2r) x0 - x0_before / 2r, where r = (lambda - lambda_before) / h.
-    """
-    def log_snr(a):
-        return 0.5 * (a.log() - (1 - a).log())
-    h, D = log_snr(a_next) - log_snr(a), x0                   # D: the image that the step aims at, as in Lu
-    if x0_before is not None and a_next < 1:
-        r = (log_snr(a) - log_snr(a_before)) / h
-        D = (1 + 1 / (2 * r)) * x0 - x0_before / (2 * r)
-    return ((1 - a_next) / (1 - a)).sqrt() * x - a_next.sqrt() * torch.expm1(-h) * D
-
-
-@torch.no_grad()
-def sample(predict, xT, abar, steps=20, sampler="dpmpp", eta=0.0, clip=True, generator=None, trace=None):
-    """From noise to images, one loop for all samplers: xT ~ N(0, I) [B, C, H, W] -> x0 [B, C, H, W].
-
-    predict(x, t [B]) -> noise [B, C, H, W], float32. clip: clamp the predicted image to [-1, 1] and derive the noise
-    from it again. generator: of the noise that ddpm, and ddim with eta > 0, add. trace: a list, gets (t, x) per step.
-    """
-    x, times, before = xT, sample_times(len(abar), steps), ()
-    levels = [*abar.cpu()[times], torch.ones(())]             # on the CPU: nobody waits for the device
-    for t, a, a_next in zip(times, levels, levels[1:]):
-        if trace is not None:
-            trace.append((t, x))
-        eps = predict(x, torch.full((len(x),), t, device=x.device))
-        x0 = (x - (1 - a).sqrt() * eps) / a.sqrt()            # DDPM eq. 4, solved for x0
-        if clip:
-            x0 = x0.clamp(-1, 1)
-            eps = (x - a.sqrt() * x0) / (1 - a).sqrt()
-        noise = torch.randn(x.shape, generator=generator, device=x.device) if sampler == "ddpm" or eta > 0 else None
-        if sampler == "dpmpp":
-            x, before = dpmpp_step(x, x0, a, a_next, *before), (x0, a)
-        else:
-            x = ddpm_step(x, x0, a, a_next, noise) if sampler == "ddpm" else \
-                ddim_step(x, x0, eps, a, a_next, eta, noise)
-    return x
-
-
-def to_uint8(x):
-    """[-1, 1] -> 0..255, rounded, on the CPU."""
-    return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
-
-
-# exercise
-@torch.no_grad()
-def invert(predict, x0, abar, steps):
-    """The DDIM ODE upwards (Song et al. 2021, section 4.3): images x0 -> the noise xT that leads back to them.
-
-    The same levels as `sample`, lowest first. A step is that of DDIM: sqrt(a_next) x0 + sqrt(1 - a_next) eps, where x0
-    is what x at abar a holds if its noise is eps. eps is predicted at the current x and its t; the clean image, with
-    abar = 1 and no t of its own, is told the lowest t.
-    """
-    times = sample_times(len(abar), steps)[::-1]
-    levels, x = [torch.ones(()), *abar.cpu()[times]], x0
-    for i, (a, a_next) in enumerate(zip(levels, levels[1:])):
-        eps = predict(x, torch.full((len(x),), times[max(0, i - 1)], device=x.device))
-        x0 = (x - (1 - a).sqrt() * eps) / a.sqrt()
-        x = a_next.sqrt() * x0 + (1 - a_next).sqrt() * eps
-    return x
-
-
-def predictor(model, cfg, s, device):
-    """predict(x, t) for `sample` and `invert`: the network, in mixed precision, told activations s [N, m]."""
-    whole, dtype = len(s) == cfg.sample_batch, amp_dtype(device, cfg.amp)           # else compiling costs more
-    network = torch.compile(model, dynamic=False) if cfg.compile and whole else model
-
-    def predict(x, t):
-        with autocast(device, dtype):
-            return network(x, t, s).float()
-    return predict
-
-
-@torch.no_grad()
-def render(model, cfg, s, device, xT=None, shape=None, see=None):
-    """Images of activations s [N, m], float32 [N, C, H, W] around [-1, 1], on the CPU. Stop if they are no numbers.
-
-    From random noise (give shape: [C, H, W]), the same for the same cfg.seed, by cfg.sampler in cfg.sample_steps; or
-    from inverted noise xT [N, C, H, W], by ddim in cfg.invert_steps, not clipped. see(t, x, x0), if given, is shown
-    the noisy and the predicted image of every step (of one batch: N at most cfg.sample_batch).
-    """
-    abar, gen, images = alpha_bars(cfg.timesteps), torch.Generator(device), []
-    for i, given in enumerate(s.to(device).split(cfg.sample_batch)):
-        gen.manual_seed(seed_of(cfg.seed, 2, i))
-        x = torch.randn(len(given), *shape, generator=gen, device=device) if xT is None else \
-            xT[i * cfg.sample_batch:][:len(given)].to(device)
-        predict = predictor(model, cfg, given, device)
-
-        def watched(x, t):
-            eps = predict(x, t)
-            if see is not None:
-                a = abar[t[0].item()]
-                see(t[0].item(), x, (x - (1 - a).sqrt() * eps) / a.sqrt())
-            return eps
-        x = x.contiguous(memory_format=memory_format(device))
-        x = sample(watched, x, abar, cfg.sample_steps, cfg.sampler, generator=gen) if xT is None else \
-            sample(watched, x, abar, cfg.invert_steps, "ddim", clip=False)
-        if not x.isfinite().all():
-            raise Stop("the images are not numbers: try --amp off, or train again with a lower --lr")
-        images.append(x.cpu())
-        if sys.stdout.isatty():
-            progress(f"sampling {i * cfg.sample_batch + len(given)}/{len(s)}")
-    return torch.cat(images)
-
-
-@torch.no_grad()
-def activations(model, images, device):
-    """s [N, m] of images on the CPU: uint8 [N, C, H, W], or float in [-1, 1]."""
-    if images.dtype == torch.uint8:
-        return torch.cat([model.encode(scaled(images, i, device)).cpu() for i in torch.arange(len(images)).split(500)])
-    return torch.cat([model.encode(part.to(device).clamp(-1, 1)).cpu() for part in images.split(500)])
-
-
-def invert_images(model, cfg, images, device):
-    """uint8 images [N, C, H, W] -> their activations s [N, m] and the noise xT that leads back to them, on the CPU."""
-    s, abar = activations(model, images, device), alpha_bars(cfg.timesteps)
-    noise = [invert(predictor(model, cfg, s[i].to(device), device), scaled(images, i, device), abar, cfg.invert_steps)
-             for i in torch.arange(len(images)).split(cfg.sample_batch)]
-    return s, torch.cat(noise).cpu()
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# 6  Training: one flat loop for every method; the method is its loss
-# --------------------------------------------------------------------------------------------------------------------
-
-def find_device(name):
-    """auto, cuda, cuda:1, mps or cpu -> torch.device with its index; Stop if it is not there."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if name == "cuda" and WORLD > 1:
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
-    try:
-        return torch.zeros(1, device=name).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise Stop(f"--device {name} is not there ({str(error).splitlines()[0]}): try cpu, or auto") from None
-
-
-def choose_backends(device):
-    """Switches that hold for the whole process. On a CPU, attention over small images is fastest as plain products."""
-    torch.backends.cudnn.benchmark = True
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    if device.type == "cpu":
-        torch.backends.cuda.enable_flash_sdp(False)           # the CPU's too, in spite of its name
-        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
-
-
-def memory_format(device):
-    """channels_last for a GPU's convolutions; on a CPU, bfloat16 group norm was up to 40 times slower in it."""
-    return torch.channels_last if device.type == "cuda" else torch.contiguous_format
-
-
-def amp_dtype(device, amp):
-    """bfloat16, float16 or None (float32). auto: bfloat16 where the hardware computes it, else float16 on CUDA."""
-    if amp == "auto" and device.type == "cuda":
-        amp = "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"      # older cards emulate bf16
-    elif amp == "auto":
-        amp = "bf16" if device.type == "cpu" and torch.cpu._is_avx512_bf16_supported() else "off"
-    return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
-
-
-def autocast(device, dtype):
-    return torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None)
-
-
-def seed_of(*key):
-    """One 32-bit seed from whole numbers: (seed of the run, purpose, step).
-
-    Purposes: 0 a classifier's augmentation, 1 prototypes to sample from, 2 sampling, 3 images, 4 noise, 5 dropout;
-    starts: 6 a random table, 7 k-means, 8 its images.
-    """
-    return int(np.random.SeedSequence(key).generate_state(1)[0])
-
-
-def random_index(images, n, *key):
-    """Which n of the images a step sees, [n], with replacement; it follows from `key`, the seed and the step, alone."""
-    gen = torch.Generator().manual_seed(seed_of(*key))        # on the CPU: the same wherever the images lie
-    return torch.randint(len(images), (n,), generator=gen).to(images.device, non_blocking=True)
-
+class Batch(NamedTuple):
+    """What a training step sees of B images."""
+    x0: torch.Tensor                # clean images [B, C, H, W] in [-1, 1]
+    target: torch.Tensor            # what the model is told of each image, [B]
+    t: torch.Tensor                 # noise levels [B], uniform over 0..T-1
+    eps: torch.Tensor               # noise [B, C, H, W]
+    chance: torch.Tensor            # uniform in 0..1, [B]: decides if the condition is hidden
 
 def random_batches(cfg, images, targets, step, device):
-    """The passes of one step, for this process: x0 in [-1, 1], target, t, eps and chance (uniform, one an image).
-
-    Everything follows from (seed, step), for the whole batch, of which each process and pass takes its rows. So there
-    is no random state to save, and any number of processes or passes trains alike.
-    """
-    B, per_pass = cfg.batch_size, cfg.batch_size // (WORLD * cfg.accumulate)
-    gen = torch.Generator(device).manual_seed(seed_of(cfg.seed, 4, step))
+    """The batches of a step for this process, one for each of cfg.accumulate passes.
+    The draws for all B images come from (seed, step); each process and pass takes its share. So no
+    random state is saved and, dropout aside, the number of processes or passes changes nothing."""
+    B = cfg.batch_size
+    gen = torch.Generator(device).manual_seed(seed_of(cfg.seed, "noise", step))
     t = torch.randint(cfg.timesteps, (B,), generator=gen, device=device)
     eps = torch.randn(B, *images.shape[1:], generator=gen, device=device)
     flip, chance = torch.rand(2, B, generator=gen, device=device)
-    index = random_index(images, B, cfg.seed, 3, step)
-    torch.manual_seed(seed_of(cfg.seed, 5, step, RANK))       # dropout
+    index = random_index(len(images), B, cfg.seed, "images", step)
+    torch.manual_seed(seed_of(cfg.seed, "dropout", step, RANK))
+    size = B // (WORLD * cfg.accumulate)
     for i in range(RANK * cfg.accumulate, (RANK + 1) * cfg.accumulate):
-        part = slice(i * per_pass, (i + 1) * per_pass)
-        x0 = scaled(images, index[part], device, flip[part] < 0.5 if cfg.mirror else None)
-        yield SimpleNamespace(x0=x0.contiguous(memory_format=memory_format(device)), t=t[part], eps=eps[part],
-                              target=targets[index[part].to(device)], chance=chance[part])
-
+        part = slice(i * size, (i + 1) * size)
+        x0 = scaled(images, index[part], device)
+        x0 = torch.where(flip[part, None, None, None] < 0.5 * cfg.mirror, x0.flip(-1), x0)
+        yield Batch(x0, targets[index[part]].to(device), t[part], eps[part], chance[part])
 
 def learning_rate(step, cfg):
     """Linear warm-up over the fraction cfg.warmup of training, then half a cosine down to zero."""
@@ -1092,1246 +614,1423 @@ def learning_rate(step, cfg):
         return cfg.lr * (step + 1) / rising
     return cfg.lr * 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, cfg.steps - rising)))
 
-
 @torch.no_grad()
 def update_average(average, model, n):
-    """Exponential moving average of weights and buffers after update n = 0, 1, ...: decay min(0.9999, (1+n) / (10+n)).
-
-    Choice: none of the three papers' code averages; samples come from the average. Whole-number buffers are copied.
-    """
+    """Moving average of weights and buffers after update n, decay min(0.9999, (1 + n) / (10 + n)).
+    choice: samples come from it; none of the papers' code averages. Integer buffers are copied."""
     decay = min(0.9999, (1 + n) / (10 + n))
-    pairs = list(zip([*average.parameters(), *average.buffers()], [*model.parameters(), *model.buffers()]))
-    floats = [(a, m) for a, m in pairs if a.is_floating_point()]
-    torch._foreach_lerp_([a for a, _ in floats], [m for _, m in floats], 1 - decay)
-    for a, m in pairs:
-        if not a.is_floating_point():
-            a.copy_(m)
-
+    torch._foreach_lerp_([*average.parameters()], [*model.parameters()], 1 - decay)
+    for a, m in zip(average.buffers(), model.buffers()):
+        a.copy_(a.lerp(m, 1 - decay) if a.is_floating_point() else m)
 
 def safe_step(optimizer, scaler):
-    """Clip the gradient at norm 1 and update, but not with a gradient that is not finite. Returns 1.0 if so, else 0.0.
-
-    The answer stays on the device, which nobody waits for: where found_inf is 1, fused AdamW leaves all as it is.
-    """
+    """Clip the gradient at norm 1 and update, or skip it if it is not finite -> 1.0 if skipped.
+    The number stays on the device (no sync): fused AdamW itself skips where found_inf is 1."""
     scaler.unscale_(optimizer)
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    optimizer.found_inf = bad = (~nn.utils.clip_grad_norm_(params, 1.0).isfinite()).float()
+    bad = (~nn.utils.clip_grad_norm_(params, 1.0).isfinite()).float()
+    optimizer.found_inf = bad
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad()
     return bad
 
-
-@contextlib.contextmanager
-def interruptible():
-    """Yields a list that Ctrl-C makes non-empty, so that a step can end first; Ctrl-C twice stops at once."""
-    asked, before = [], signal.getsignal(signal.SIGINT)
-
-    def ask(*_):
-        asked.append(True)
-        signal.signal(signal.SIGINT, before)
-    signal.signal(signal.SIGINT, ask)
-    try:
-        yield asked
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def progress(text, end=False):
-    """A line that the next one overwrites on a terminal, unless `end`. Only the first process speaks."""
+def train(cfg, sets, folder, device):
+    """Go on from the checkpoint in `folder` to step cfg.steps: starting and resuming are one path.
+    Leaves checkpoint.pt and log.csv, whose seconds are those of training alone. Raises Stop if the
+    images changed or gradients stay bad, KeyboardInterrupt after Ctrl-C, when the step is saved."""
+    run = load_run(folder, device)                      # its model is the moving average
+    known = run.known
+    check(known["images"] == fingerprint(sets[0].images),
+          "the training images have changed since the run began: restore them, or start a new run")
     if RANK == 0:
-        live = sys.stdout.isatty()
-        print(("\r\033[K" if live else "") + text, end="" if live and not end else "\n", flush=True)
-
-
-def write_csv(path, rows):
-    """Rows (dicts with the same keys) as a CSV file with a header."""
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def load_checkpoint(path):
-    """checkpoint.pt of this script, on the CPU; Stop if it is missing, damaged or of something else."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise Stop(f"there is no {path}: --resume the run first, or name a run inside a comparison") from None
-    except Exception as error:                                # zip, pickle, storage: many kinds, one meaning
-        raise Stop(f"{path} is damaged or no checkpoint ({str(error).splitlines()[0][:80]})") from None
-    needed = {"step", "log", "extra", "average"}
-    if not isinstance(state, dict) or state.get("script") != SCRIPT or not needed <= set(state):
-        raise Stop(f"{path} is not a checkpoint of {SCRIPT}.py")
-    return state
-
-
-def load_weights(part, state, path):
-    """part.load_state_dict(state), or Stop."""
-    try:
-        part.load_state_dict(state)
-    except (RuntimeError, KeyError, TypeError, ValueError, AttributeError):
-        raise Stop(f"{path} holds another network than config.json beside it describes") from None
-
-
-def restore(parts, path):
-    """Load the state of each part (name -> module, optimiser, scaler) from a checkpoint -> its step and log."""
-    state = load_checkpoint(path)
-    for name, part in parts.items():
-        if state[name]:                                       # a scaler that was off has none
-            load_weights(part, state[name], path)
-    return state["step"], state["log"]
-
-
-def load_run(folder, device="auto"):
-    """Everything needed to sample from a run: config, model (the average, in eval mode), extra, step, log, device."""
-    folder, device = Path(folder), find_device(device)
-    cfg, state = Config(**read_config(folder)), load_checkpoint(folder / "checkpoint.pt")
-    model = cfg.build(state["extra"]).to(device, memory_format=memory_format(device)).eval().requires_grad_(False)
-    load_weights(model, state["average"], folder / "checkpoint.pt")
-    return SimpleNamespace(config=cfg, model=model, extra=state["extra"], step=state["step"], log=state["log"],
-                           device=device)
-
-
-def train(cfg, model, images, targets, loss_fn, folder, extra, device, on_eval=None):
-    """Train on uint8 images [N, C, H, W] to cfg.steps, on from folder/checkpoint.pt if there is one.
-
-    targets [N]: what loss_fn wants to know of each image. loss_fn(net, batch, abar) -> dict of scalars, "loss" first;
-    batch: see random_batches. extra: kept in the checkpoint. on_eval(average) -> dict: called every cfg.eval_every
-    steps. Returns the model's moving average, and the log: seconds (no compiling, measuring, saving), rows, evals.
-    """
-    abar, dtype = alpha_bars(cfg.timesteps).to(device), amp_dtype(device, cfg.amp)
-    images, targets = place_images(images, device), targets.to(device)
-    model.to(device, memory_format=memory_format(device)).train()
-    average = copy.deepcopy(model).eval().requires_grad_(False)
-    optimizer = torch.optim.AdamW(model.param_groups(cfg), betas=(0.9, 0.95), weight_decay=cfg.weight_decay, fused=True)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
-    parts = dict(model=model, average=average, optimizer=optimizer, scaler=scaler)
-    checkpoint, done, log = folder / "checkpoint.pt", 0, dict(seconds=0.0, skipped=0, rows=[], evals=[])
-
-    def read_clock():                                         # zero: when a clock of training alone would have begun
-        log["skipped"] = int(skipped)                         # the host waits for the device
-        log["seconds"] = time.perf_counter() - zero
-
-    def save(step):
-        if RANK == 0:
-            states = {name: part.state_dict() for name, part in parts.items()}
-            save_safely(dict(script=SCRIPT, step=step, log=log, extra=extra, **states), checkpoint)
-    if checkpoint.exists():
-        done, log = restore(parts, checkpoint)
-        for group, asked in zip(optimizer.param_groups, model.param_groups(cfg)):           # what may have changed
-            group.update(factor=asked["factor"], start=asked["start"], weight_decay=cfg.weight_decay)
+        save_json(vars(cfg), folder / "config.json")
+    images = place_images(sets[0].images, device)
+    abar = alpha_bars(cfg.timesteps).to(device)
+    model = placed(cfg.build(known), device)
+    optimizer = torch.optim.AdamW(model.param_groups(cfg), betas=(0.9, 0.95),       # choice: 0.95
+                                  weight_decay=cfg.weight_decay, fused=True)
+    scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype(device, cfg.amp) is torch.float16)
+    parts = dict(model=model, average=run.model, optimizer=optimizer, scaler=scaler)
+    restore(parts, run.state)
     net = nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
     forward = torch.compile(net, dynamic=False) if cfg.compile else net
-    skipped, in_a_row = torch.tensor(float(log["skipped"]), device=device), 0
-    if not done:
-        save(0)
-    sums, logged, start, zero = {}, done, log["seconds"], time.perf_counter() - log["seconds"]
-    with interruptible() as asked:
-        for step in range(done, cfg.steps):
+    history = []                                        # losses since the last row of the log
+    skipped = torch.zeros(2, device=device)             # skipped steps: in total, latest in a row
+    with interruptible() as interrupts:
+        for step in range(run.step, cfg.steps):
+            clock = time.perf_counter()
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, cfg) * group["factor"] * (step >= group["start"])
-            for i, batch in enumerate(random_batches(cfg, images, targets, step, device)):
-                net.require_backward_grad_sync = i == cfg.accumulate - 1            # processes exchange gradients once
-                with autocast(device, dtype):
-                    losses = loss_fn(forward, batch, abar)
+                moves = step >= round(group["start"] * cfg.steps)
+                group["lr"] = learning_rate(step, cfg) * group["factor"] * moves
+            for i, batch in enumerate(random_batches(cfg, images, known["targets"], step, device)):
+                net.require_backward_grad_sync = i == cfg.accumulate - 1    # share gradients once
+                with autocast(device, cfg.amp):
+                    losses = forward(batch, abar, cfg)
                 scaler.scale(losses["loss"] / cfg.accumulate).backward()
-                for name, value in losses.items():
-                    sums[name] = sums.get(name, 0) + value.detach() / cfg.accumulate
+                history.append(losses)
             bad = safe_step(optimizer, scaler)
-            update_average(average, model, step)
-            skipped, in_a_row, now = skipped + bad, (in_a_row + 1) * bad, step + 1
-            if cfg.compile and step == done:
-                zero = time.perf_counter() - log["seconds"]   # compiling is over
+            update_average(run.model, model, step)
 
-            if now % cfg.log_every == 0 or now == cfg.steps:
-                means = torch.stack(list(sums.values())) / (now - logged) / WORLD
-                if WORLD > 1:
-                    dist.all_reduce(means)
-                losses = dict(zip(sums, means.tolist()))
-                read_clock()
-                speed = (now - logged) * cfg.batch_size / (log["seconds"] - start)
-                sums, logged, start = {}, now, log["seconds"]
-                log["rows"].append({"step": now, **losses, "learning rate": learning_rate(step, cfg),
-                                    "images/s": speed, "seconds": log["seconds"], "skipped steps": log["skipped"]})
-                if RANK == 0:
-                    write_csv(folder / "log.csv", log["rows"])
-                progress(f"step {now}/{cfg.steps}  loss {losses['loss']:.4f}  {speed:.0f} images/s  "
-                         f"{(cfg.steps - now) * cfg.batch_size / speed / 60:.1f} min left", now == cfg.steps)
-                if in_a_row > 30:                             # float16's scaler needs at most 17 to find its scale
-                    raise Stop(f"the last {int(in_a_row)} gradients were not finite, and no step was taken: "
-                               f"{checkpoint} is sound; --resume it with a lower --lr, or with --amp bf16 or off")
-            if on_eval and (now % cfg.eval_every == 0 or now == cfg.steps):
-                read_clock()
-                log["evals"].append({"step": now, "seconds": log["seconds"], **on_eval(average)})
-                zero = time.perf_counter() - log["seconds"]
-            stop = asked and WORLD == 1 and now < cfg.steps
-            if stop or now % cfg.save_every == 0 or now == cfg.steps:
-                read_clock()
-                save(now)
-                zero = time.perf_counter() - log["seconds"]
-            if stop:
+            # What follows is bookkeeping: the log, measuring, the checkpoint.
+            skipped = torch.stack([skipped[0] + bad, (skipped[1] + 1) * bad])
+            now = step + 1
+            last = now == cfg.steps
+            stopping = len(interrupts) > 0 and WORLD == 1
+            measured = cfg.eval_every > 0 and (last or now % cfg.eval_every == 0)
+            saved = last or stopping or measured or now % cfg.save_every == 0
+            row = mean_losses(history) if saved else {}
+            if not cfg.compile or step > run.step:      # not the compiling step, nor what follows
+                run.log["seconds"] += time.perf_counter() - clock
+            if not saved:
+                continue
+            history = []
+            left = (cfg.steps - now) * run.log["seconds"] / now / 60
+            progress(f"step {now}/{cfg.steps}  loss {row['loss']:.4f}  {left:.1f} min left", "\n")
+            check(skipped[1] <= 30, "more than 30 gradients in a row were not finite, and no step "
+                  "was taken: --resume with a lower --lr, or with --amp bf16 or off")
+            row.update(step=now, lr=learning_rate(step, cfg), seconds=run.log["seconds"],
+                       skipped=skipped[0].item())
+            run.log["rows"].append(row)
+            if RANK == 0:
+                if measured:
+                    row.update(run.model.quality(cfg, run, sets))
+                write_csv(folder / "log.csv", run.log["rows"])
+                save_checkpoint(folder, now, known, run.log, parts)
+            if stopping:
                 raise KeyboardInterrupt
-    return average, log
 
+# ---- Abilities: what the paper does with its prototypes ------------------------------------------
+# Images are uint8 [N, C, H, W] on the CPU here, s [N, m]. run has model, known, device. Helpers
+# that you have not seen do what their names say, and stand in the equipment.
 
-# --------------------------------------------------------------------------------------------------------------------
-# 7  Metrics, and the six abilities: reconstruct, move, what and where, when, edit, diagnose
-# --------------------------------------------------------------------------------------------------------------------
+def activations(run, images):
+    """s [N, m] of images, on the CPU."""
+    return features_of(run.model.encode, images, run.device)
 
-INCEPTION = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
-             "pt_inception-2015-12-05-6726825d.pth")
+def predictor(cfg, run, s, denoise=None):
+    """predict(x, t) for `sample` and `invert`: the network, in mixed precision, told s [N, m]."""
+    def predict(x, t):
+        with autocast(run.device, cfg.amp):
+            return (denoise or run.model.denoise)(x, t, s).float()
+    return predict
 
+def render(cfg, run, s, xT=None, denoise=None):
+    """Activations s [N, m] -> images uint8 [N, C, H, W]. Without xT: from random noise of cfg.seed,
+    by cfg.sampler. With inverted noise xT [N, C, H, W]: by ddim in cfg.invert_steps, not clipped.
+    denoise(x, t, s) replaces the model's. Raises Stop if the images are not finite."""
+    abar = alpha_bars(cfg.timesteps)
+    gen = torch.Generator(run.device)
+    images = []
+    for i, part in enumerate(s.to(run.device).split(cfg.sample_batch)):
+        predict = predictor(cfg, run, part, denoise)
+        if xT is None:
+            gen.manual_seed(seed_of(cfg.seed, "sampling", i))
+            x = torch.randn(len(part), *run.known["shape"], generator=gen, device=run.device)
+            x = sample(predict, x, abar, cfg.sample_steps, cfg.sampler, generator=gen)
+        else:
+            x = xT.split(cfg.sample_batch)[i].to(run.device)
+            x = sample(predict, x, abar, cfg.invert_steps, "ddim", clip=False)
+        check(x.isfinite().all(), "images are no numbers: use --amp off, or train at a lower --lr")
+        images.append(to_uint8(x))
+    return torch.cat(images)
+
+def invert_images(cfg, run, images):
+    """Images -> their s [N, m], and the noise xT [N, C, H, W] that leads back to them."""
+    s = activations(run, images)
+    abar = alpha_bars(cfg.timesteps)
+    noise = []
+    for part in torch.arange(len(images)).split(cfg.sample_batch):
+        predict = predictor(cfg, run, s[part].to(run.device))
+        x0 = scaled(images, part, run.device)
+        noise.append(invert(predict, x0, abar, cfg.invert_steps).cpu())
+    return s, torch.cat(noise)
+
+def reconstruct(cfg, run, images):
+    """Images regenerated from their s and inverted noise."""
+    return render(cfg, run, *invert_images(cfg, run, images))
+
+def vary(cfg, run, images, n):
+    """All N images from their s and random noise, n times over: [n N, C, H, W], copy by copy."""
+    return render(cfg, run, activations(run, images).repeat(n, 1))
+
+# exercise
+def spherical(a, b, share):
+    """Spherical interpolation (Shoemake 1985): noise a, b [C, H, W], share [n] -> [n, C, H, W].
+    (sin((1 - share) angle) a + sin(share angle) b) / sin(angle); angle: between a and b as vectors.
+    Its cosine is kept within +-0.9999: there this is as good as linear, and no sine is 0."""
+    angle = F.cosine_similarity(a.flatten(), b.flatten(), dim=0).clamp(-0.9999, 0.9999).acos()
+    share = share[:, None, None, None]
+    return (torch.sin((1 - share) * angle) * a + torch.sin(share * angle) * b) / torch.sin(angle)
+
+def interpolate(cfg, run, pair, n=8):
+    """n images between two, pair [2, C, H, W]: linear in s, spherical in the noise."""
+    s, xT = invert_images(cfg, run, pair)
+    share = torch.linspace(0, 1, n)
+    return render(cfg, run, torch.lerp(s[0], s[1], share[:, None]), spherical(*xT, share))
+
+def company(s_all, chosen):
+    """Slopes [k, m] of all activations on the k chosen ones: linear regression on s_all [N, m], the
+    s of held-out images. choice: the paper moves one activation alone, but prototypes of a pattern
+    vary together: no real image has such an s, and the generated image then hardly changes."""
+    covariance = torch.cov(s_all.T)                     # [m, m]
+    inverse = torch.linalg.pinv(covariance[chosen][:, chosen], rtol=1e-3, hermitian=True)
+    return inverse @ covariance[chosen]
+
+def set_activations(s, chosen, values, s_all=None):
+    """s [N, m] with the k chosen at values [N or 1, k]; given s_all, the rest go by `company`."""
+    moved = s.clone()
+    if s_all is not None:
+        moved = (s + (values - s[:, chosen]) @ company(s_all, chosen)).clamp(0, LARGEST)
+    moved[:, chosen] = values
+    return moved
+
+def move(cfg, run, image, j, values, s_all=None):
+    """Image [1, C, H, W], n values of its activation j -> edited images [n, C, H, W]."""
+    s, xT = invert_images(cfg, run, image)
+    rows = set_activations(s.repeat(len(values), 1), [j], values[:, None], s_all)
+    return render(cfg, run, rows, xT.repeat(len(values), 1, 1, 1))
+
+def raise_prototypes(cfg, run, images, chosen, s_all, follow=True):
+    """What: images [n] with each of k prototypes in turn at its largest value in s_all. follow: the
+    others go by `company`; else, as in the paper, they stay. -> images [1 + k, n, C, H, W], of
+    which [0] has nothing raised, and the s that encoding these images gives, [1 + k, n, m]."""
+    s, xT = invert_images(cfg, run, images)
+    others = s_all if follow else None
+    rows = [s, *(set_activations(s, [j], s_all[:, j].max().view(1, 1), others) for j in chosen)]
+    edited = render(cfg, run, torch.cat(rows), xT.repeat(len(rows), 1, 1, 1))
+    again = activations(run, edited)
+    return edited.unflatten(0, (len(rows), -1)), again.unflatten(0, (len(rows), -1))
+
+def responses(again, chosen):
+    """Does s_j grow when j is raised? bool [k, n]; again: the s of raise_prototypes."""
+    return torch.stack([part[:, j] > again[0, :, j] for part, j in zip(again[1:], chosen)])
+
+def best_patches(run, images, chosen):
+    """Upper left corner (row, column) of image i's best patch for prototype chosen[i] -> [N, 2].
+    chosen: one prototype for each image, [N]. A corner at -1 lies in the padding."""
+    maps = features_of(run.model.maps, images, run.device)
+    maps = maps[torch.arange(len(images)), chosen]                          # [N, h, w]
+    best = maps.flatten(1).argmax(1)
+    start, _, step = receptive_field(run.model.encoder)
+    return start + step * torch.stack([best // maps.shape[-1], best % maps.shape[-1]], 1)
+
+def emergence(cfg, run, s, steps=50):
+    """When: the x0 predicted at each ddim step from random noise, given s [N, m] -> noise levels t
+    [steps], images [steps, N, C, H, W]."""
+    abar = alpha_bars(cfg.timesteps)
+    times = []
+    predicted = []
+    def record(x, t, s):
+        eps = run.model.denoise(x, t, s).float()
+        a = abar[t[0].item()]
+        times.append(t[0].item())
+        predicted.append(to_uint8((x - (1 - a).sqrt() * eps) / a.sqrt()))
+        return eps
+    steps = min(steps, cfg.timesteps)
+    cfg = dataclasses.replace(cfg, sampler="ddim", sample_steps=steps, sample_batch=len(s))
+    render(cfg, run, s, denoise=record)
+    return times, torch.stack(predicted)
+
+def emerged_at(course, share=0.9):
+    """course [steps, m] -> [m]: the step from which s_j stays >= share of its end (choice: 0.9)."""
+    below = course < share * course[-1]
+    return (torch.arange(1, len(course) + 1)[:, None] * below).amax(0)
+
+def switch(cfg, run, s_a, s_b, at):
+    """Images from random noise, given s_a [N, m] while t >= at, and s_b below."""
+    def switching(x, t, both):
+        first, second = both.chunk(2, dim=1)
+        return run.model.denoise(x, t, torch.where((t >= at)[:, None], first, second))
+    return render(cfg, run, torch.cat([s_a, s_b], 1), denoise=switching)    # split alike
+
+# exercise
+def choose_movers(s, known, a, b, n=3):
+    """The n activations with the best single AUROC for trait a, after excluding the n best for b.
+    s [N, m], known bool [N, A]; a, b: columns of known -> list of n numbers, best first. An AUROC
+    below 0.5 counts as 1 - AUROC, an undefined one (NaN) as 0.5, which is chance."""
+    auc = single_aurocs(s, known[:, [a, b]])
+    strength = torch.maximum(auc, 1 - auc).nan_to_num(0.5)                  # [m, 2]
+    order = strength[:, 0].argsort(descending=True).tolist()
+    excluded = strength[:, 1].topk(n).indices.tolist()
+    return [j for j in order if j not in excluded][:n]
+
+def diagnose(cfg, run, judge, data, most=300):
+    """Does cfg.attribute drag cfg.watch along? On held-out data -> figures, and what to look at.
+    The movers are set to their mean over images of the opposite class of the attribute, the other
+    activations go by `company` of these images, which are balanced: only the model ties the traits.
+    Before and after share their random noise. leak: mean change of P(watch) / that of P(attribute),
+    signed so that the intended change is positive; 95 % interval from a bootstrap of images."""
+    a, b = watched_traits(cfg, data)
+    known, _ = traits(data)
+    s = activations(run, data.images)
+    movers = choose_movers(s, known, a, b)
+    has = known[:, a]
+    means = torch.stack([s[has].mean(0), s[~has].mean(0)])[:, movers]       # [2, 3]
+    some = shuffled(len(s), min(most, len(s)), cfg.seed, "diagnosis")
+    has = has[some]
+    edited = set_activations(s[some], movers, means[has.long()], s)         # row 1 where it has
+    images = [render(cfg, run, s[some]), render(cfg, run, edited)]
+    before, after = (judge_traits(judge, part, run.device)[0][:, [a, b]] for part in images)
+    change = torch.where(has, -1, 1)[:, None] * (after - before)            # [N, 2]
+    draws = torch.randint(len(some), (1000, len(some)), generator=torch.Generator().manual_seed(0))
+    drawn = change[draws].mean(1)                       # [1000, 2]
+    low, high = (drawn[:, 1] / drawn[:, 0]).quantile(torch.tensor([0.025, 0.975])).tolist()
+    moved, dragged = change.mean(0).tolist()
+    figures = dict(leak=dragged / moved if moved else math.nan, leak_low=low, leak_high=high,
+                   attribute_moved=moved, watched_moved=dragged)
+    return figures, SimpleNamespace(images=images, before=before, after=after, movers=movers)
+
+# ---- Equipment: you can stop reading here --------------------------------------------------------
+
+# ---- Errors --------------------------------------------------------------------------------------
+
+class Stop(Exception):
+    """A fault that the person at the keyboard can put right: one sentence, and exit status 2."""
+
+def check(ok, sentence):
+    """Raises Stop with the sentence if something is not as it must be."""
+    if not ok:
+        raise Stop(sentence)
+
+@contextlib.contextmanager
+def explained(sentence):
+    """Any error inside becomes Stop: the sentence, and the first line of the error."""
+    try:
+        yield
+    except Exception as error:
+        reason = str(error).split("\n")[0]
+        raise Stop(f"{sentence} ({reason})") from None
+
+# ---- Data: every set becomes one uint8 tensor ----------------------------------------------------
+
+SHAPES = "circle square triangle diamond plus cross ring crescent bar star".split()
+SHAPE_ATTRIBUTES = ("warm hue", "bright background", "large", "left of centre", "dot")
+SHAPE_SPLITS = {"train": (20_000, 0), "test": (4_000, 1), "judge": (20_000, 12)}    # images, seed
+
+@dataclasses.dataclass
+class Dataset:
+    """images uint8 [N, C, H, W]; labels int64 [N] or None; attributes bool [N, A] or None."""
+    images: torch.Tensor
+    labels: torch.Tensor | None
+    classes: list
+    attributes: torch.Tensor | None = None
+    attribute_names: tuple | list = ()
+
+def signed_distances(x, y):
+    """Signed distance, negative inside, of points x, y to each of SHAPES, of radius about 1."""
+    radius = torch.hypot(x, y)
+    half = math.sqrt(0.5)
+    def box(x, y, width, height):
+        return torch.maximum(x.abs() - width, y.abs() - height)
+    def plus(x, y):
+        return torch.minimum(box(x, y, 0.95, 0.28), box(x, y, 0.28, 0.95))
+    yield radius - 0.85                                                     # circle
+    yield box(x, y, 0.78, 0.78)                                             # square
+    yield torch.maximum(-y, x.abs() * math.sqrt(0.75) + y / 2) - 0.52       # triangle; y is upwards
+    yield (x.abs() + y.abs() - 1) * half                                    # diamond
+    yield plus(x, y)
+    yield plus((x + y) * half, (x - y) * half)                              # cross
+    yield (radius - 0.68).abs() - 0.24                                      # ring
+    yield torch.maximum(radius - 0.95, 0.72 - torch.hypot(x - 0.48, y))     # crescent
+    yield box(x, y, 1.0, 0.26)                                              # bar
+    # Star: fold the plane into ten wedges, where the outline runs from (1, 0) to an inner corner.
+    angle = math.pi / 5 - (torch.atan2(x, y).remainder(math.tau / 5) - math.pi / 5).abs()
+    u = 0.42 * math.cos(math.pi / 5) - 1
+    v = 0.42 * math.sin(math.pi / 5)
+    yield (v * (radius * angle.cos() - 1) - u * radius * angle.sin()) / math.hypot(u, v)
+
+def make_shapes(n, size=16, seed=0, bias=0.5):
+    """n antialiased coloured figures on grey, [n, 3, size, size]; 10 classes, 5 known attributes.
+    bias: probability that an image has its corner dot exactly if its hue is warm. Both stay at one
+    half; at 0.5 they are independent. Another seed gives other images."""
+    gen = torch.Generator().manual_seed(seed)
+    def uniform(low, high):
+        return low + (high - low) * torch.rand(n, 1, 1, 1, generator=gen)
+    def paint(image, distance, colour):                 # distance: in halves of the image
+        ink = (0.5 - distance * size / 2).clamp(0, 1)   # share of a pixel that is covered
+        return image * (1 - ink) + colour * ink
+    labels = torch.randint(len(SHAPES), (n,), generator=gen)
+    warm, bright, large, left = torch.rand(4, n, 1, 1, 1, generator=gen) < 0.5
+    dot = warm ^ (uniform(0, 1) >= bias)
+    radius = torch.where(large, uniform(0.80, 0.88), uniform(0.58, 0.66))
+    centre_x = uniform(0.05, 0.18) * torch.where(left, -1, 1)
+    centre_y = uniform(-0.15, 0.15)
+    turn = uniform(-0.15, 0.15)                         # radians
+    grey = torch.where(bright, uniform(0.6, 0.85), uniform(0.05, 0.3))
+    hue = 6 * torch.where(warm, uniform(-0.07, 0.15), uniform(0.42, 0.74))  # reds or greens
+    k = (hue + torch.tensor([5.0, 3.0, 1.0]).view(3, 1, 1)).remainder(6)    # HSV to RGB
+    colour = uniform(0.8, 1) * (1 - uniform(0.8, 1) * torch.minimum(k, 4 - k).clamp(0, 1))
+    axis = (torch.arange(size) + 0.5) / size * 2 - 1
+    right = (axis - centre_x) / radius                  # [n, 1, 1, W]
+    up = (centre_y - axis[:, None]) / radius            # [n, 1, H, 1]
+    x = turn.cos() * right + turn.sin() * up            # [n, 1, H, W]
+    y = turn.cos() * up - turn.sin() * right
+    distance = x
+    for label, other in enumerate(signed_distances(x, y)):
+        distance = torch.where(labels.view(n, 1, 1, 1) == label, other, distance)
+    spot = torch.hypot(axis + 0.76, axis[:, None] + 0.76) - 0.16        # in the upper left corner
+    images = paint(grey, distance * radius, colour)
+    images = paint(images, torch.where(dot, spot, 9), ~bright)
+    attributes = torch.stack([warm, bright, large, left, dot], 1).flatten(1)
+    images = (images * 255).round().to(torch.uint8)
+    return Dataset(images, labels, SHAPES, attributes, SHAPE_ATTRIBUTES)
+
+def open_cifar10(root, train):
+    """A published set, downloaded if need be -> items (image or file, label), names of classes."""
+    data = torchvision.datasets.CIFAR10(root, train, download=True)
+    return data, data.classes
+
+def seeded_split(items, train):
+    """A fixed random split of what comes without one: a tenth is held out."""
+    order = torch.randperm(len(items), generator=torch.Generator().manual_seed(0)).tolist()
+    held_out = max(1, round(len(items) / 10))
+    return [items[i] for i in sorted(order[held_out:] if train else order[:held_out])]
+
+def open_folder(root, train):
+    """DIR/train/<class>/* with or without DIR/test; DIR/<class>/*; images in DIR -> items, classes.
+    Without DIR/test a tenth of the images, always the same, is held out. Images in DIR have no
+    class."""
+    def images_in(folder):                              # [(file, name of its class or "")]
+        names = sorted(glob.glob("**/*.*", root_dir=folder, recursive=True))
+        return [(folder / name, Path(name).parts[0] if Path(name).parts[1:] else "")
+                for name in names if name.lower().endswith(IMG_EXTENSIONS)]
+    top = root / "train" if (root / "train").is_dir() else root
+    items = images_in(top)
+    classes = sorted({name for _, name in items if name})
+    if top == root or not (root / "test").is_dir():
+        items = seeded_split(items, train)
+    elif not train:
+        items = images_in(root / "test")
+    check(items and {name for _, name in items} <= set(classes or [""]), "it must hold images in "
+          "train/<class>/* and perhaps test/<class>/*, or in <class>/*, or all beside each other")
+    return [(path, classes.index(name) if name else 0) for path, name in items], classes
+
+def decode(image, size):
+    """An image or image file -> uint8 RGB [3, size, size]: shorter side scaled, centre kept."""
+    with explained(f"{image} does not decode as an image: replace it or take it away"):
+        if not isinstance(image, Image.Image):
+            image = ImageOps.exif_transpose(Image.open(image))
+        image = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.LANCZOS)
+        return torchvision.transforms.functional.pil_to_tensor(image)
+
+def load_dataset(name, split="train", image_size=None, data_dir="data"):
+    """A data set in memory, decoded once and cached beside the data in prototype-*.pt -> Dataset.
+    name: a key of Config.PRESETS; split: train or test; image_size: pixels (None: the preset's).
+    Raises Stop for an unknown name, missing or unreadable data, no network."""
+    check(name in Config.PRESETS and split in SHAPE_SPLITS,
+          f"no split {split} of {name}: choose train or test of {', '.join(Config.PRESETS)}")
+    size = image_size or Config.PRESETS[name].get("image_size", Config.image_size)
+    if name == "shapes":
+        n, seed = SHAPE_SPLITS[split]
+        return make_shapes(n, size, seed)
+    root = Path(data_dir)
+    with explained(f"{name} cannot be read in {root}: check --data-dir and the network"):
+        items, classes = data_sets[name](root, split == "train")
+    images = torch.empty(len(items), 3, size, size, dtype=torch.uint8)
+    labels = torch.empty(len(items), dtype=torch.int64)
+    def fetch(i):
+        image, labels[i] = items[i]
+        images[i] = decode(image, size)
+    def make():
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(fetch, range(len(items))))    # as a list it raises what fetch raises
+        return dict(images=images, labels=labels if classes else None, classes=classes)
+    files = [path for path, _ in items] if name == "folder" else []
+    key = [*classes, *(f"{path} {path.stat().st_mtime_ns}" for path in files)]
+    return Dataset(**cached(root / f"prototype-{name}-{split}-{size}.pt", key, make))
+
+def load_sets(cfg):
+    """The training set and the held-out set of a run; of one channel if all images are grey."""
+    sets = [load_dataset(cfg.dataset, split, cfg.image_size, cfg.data_dir)
+            for split in ("train", "test")]
+    check(sets[0].classes or not cfg.labelled, "the images have no classes: use train/<class>/*")
+    if all((data.images == data.images[:, :1]).all() for data in sets):
+        for data in sets:
+            data.images = data.images[:, :1].clone()
+    return sets
+
+def place_images(images, device):
+    """uint8 images where batches are drawn from: the device, if they fill less than half of it."""
+    too_large = device.type == "cuda" and images.nbytes > torch.cuda.mem_get_info(device)[0] / 2
+    return images if too_large else images.to(device)
+
+def scaled(images, index, device):
+    """uint8 images[index] -> float32 [B, C, H, W] in [-1, 1] on the device."""
+    return images[index.to(images.device)].to(device).float() / 127.5 - 1
+
+def to_uint8(x):
+    """[-1, 1] -> 0..255, rounded, on the CPU."""
+    return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
+
+def fingerprint(images):
+    """A short text that tells these images from others."""
+    return hashlib.sha1(images.numpy()).hexdigest()
+
+def open_fashion_mnist(root, train):
+    """Padded from 28 to 32 pixels."""
+    pad = torchvision.transforms.Pad(2)
+    data = torchvision.datasets.FashionMNIST(root, train, transform=pad, download=True)
+    return data, data.classes
+
+def open_celeba_files(root, train):
+    """Faces without classes; load_traits knows their 40 attributes. To be unpacked by hand."""
+    check(Path(root, "celeba").is_dir(), "celeba/ there must hold img_align_celeba/ and the .txt "
+          "files of mmlab.ie.cuhk.edu.hk/projects/CelebA.html")
+    data = torchvision.datasets.CelebA(root, "train" if train else "test")
+    return [(Path(root, "celeba", "img_align_celeba", name), 0) for name in data.filename], []
+
+data_sets = {"folder": open_folder, "fashion-mnist": open_fashion_mnist, "cifar10": open_cifar10,
+             "celeba": open_celeba_files}
+
+def load_traits(cfg):
+    """load_sets with CelebA's attributes; and with the planted bias, of the training set alone."""
+    sets = load_sets(cfg)
+    check(cfg.bias == 0.5 or cfg.dataset == "shapes", "--bias plants a correlation in shapes alone")
+    check(len(sets[1].images) >= 8, f"{cfg.data_dir} leaves fewer than 8 held-out images: add some")
+    if cfg.bias != 0.5:
+        n, seed = SHAPE_SPLITS["train"]
+        sets[0] = make_shapes(n, cfg.image_size, seed, cfg.bias)
+    if cfg.dataset == "celeba":
+        for data, split in zip(sets, ("train", "test")):
+            faces = torchvision.datasets.CelebA(cfg.data_dir, split)
+            data.attributes = faces.attr.bool()
+            data.attribute_names = faces.attr_names[:40]
+    if traits(sets[1])[1]:
+        watched_traits(cfg, sets[1])
+    return sets
+
+def traits(data):
+    """What is known of images: attributes, else classes one by one -> bool [N, A], A names."""
+    if data.attributes is not None:
+        return data.attributes, list(data.attribute_names)
+    if len(data.classes) < 2:
+        return torch.zeros(len(data.images), 0, dtype=torch.bool), []
+    return F.one_hot(data.labels, len(data.classes)).bool(), data.classes
+
+def watched_traits(cfg, data):
+    """Columns of --attribute and --watch in traits(data). Raises Stop if it has no such traits."""
+    known, names = traits(data)
+    check(names, f"{cfg.data_dir} has neither attributes nor classes to diagnose")
+    pair = [cfg.attribute or names[0], cfg.watch or names[-1]]
+    varied = [name for name, column in zip(names, known.T) if len(column.unique()) == 2]
+    check(pair[0] != pair[1] and set(pair) <= set(varied), f"--attribute {pair[0]} and --watch "
+          f"{pair[1]} must be two of: {', '.join(varied[:40])}")
+    return [names.index(name) for name in pair]
+
+def shuffled(N, n, *key):
+    """n of N things in a random order, each once, or as evenly as can be if n > N. See seed_of."""
+    order = torch.randperm(N, generator=torch.Generator().manual_seed(seed_of(*key)))
+    return order[torch.arange(n) % N]
+
+# ---- The judge: a classifier of traits -----------------------------------------------------------
+
+def resnet(channels, side, width=64, imagenet=False):
+    """torchvision's ResNet-18 without its last layer: [B, channels, side, side] -> [B, 8 width]."""
+    check(not imagenet or width == 64, "--imagenet has weights of width 64: add --learner-width 64")
+    net = torchvision.models.resnet18(weights="DEFAULT" if imagenet else None)
+    if width != 64:                                     # torchvision fixes the width: rebuild
+        net.inplanes = width
+        net.bn1 = nn.BatchNorm2d(width)
+        for i, stride in enumerate((1, 2, 2, 2)):
+            layer = net._make_layer(torchvision.models.resnet.BasicBlock, width << i, 2, stride)
+            setattr(net, f"layer{i + 1}", layer)
+    kernel = 7
+    if side <= 64:                                      # choice: small images stay large at first
+        kernel = 3
+        net.maxpool = nn.Identity()
+    net.conv1 = nn.Conv2d(channels, width, kernel, kernel // 3, kernel // 2, bias=False)
+    net.fc = nn.Identity()
+    return net
+
+def fit(net, images, targets, loss, steps, cfg, seed):
+    """Train a classifier by loss(net(x), target), 128 images a step -> the net, in eval mode."""
+    device = next(net.parameters()).device
+    optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3, weight_decay=0.05, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps + 1)
+    images = place_images(images, device)
+    side = images.shape[-1]
+    augment = nn.Sequential(                            # it does the same to all images of a step
+        v2.RandomHorizontalFlip(0.5 * cfg.mirror),
+        v2.RandomCrop(side, padding=side // 8, padding_mode="reflect"))
+    net.train()
+    for step in range(steps):
+        torch.manual_seed(seed_of(seed, "augmentation", step))
+        index = random_index(len(images), 128, seed, "images", step)
+        with autocast(device, "off" if cfg.amp == "fp16" else cfg.amp):
+            output = net(augment(scaled(images, index, device)))
+        optimizer.zero_grad()
+        loss(output.float(), targets[index].to(device)).backward()
+        nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        progress(f"classifier: step {step + 1}/{steps}")
+    return net.eval().requires_grad_(False)
+
+@torch.no_grad()
+def features_of(net, images, device):
+    """net(x) in float32 on the CPU for all uint8 images [N, C, H, W], as x in [-1, 1]."""
+    parts = torch.arange(len(images)).split(500)
+    return torch.cat([net(scaled(images, part, device)).float().cpu() for part in parts])
+
+def load_trait_judge(cfg, data, device):
+    """The judge: a classifier of traits trained apart, on real images alone; kept beside the data.
+    For shapes these are others, without bias; else the training set `data`. Returns features, the
+    last layer, and the moments of its features of these images."""
+    real = load_dataset("shapes", "judge", cfg.image_size) if cfg.dataset == "shapes" else data
+    known, names = traits(real)
+    torch.manual_seed(seed_of("judge"))
+    features = resnet(*real.images.shape[1:3], cfg.judge_width)
+    net = nn.Sequential(features, nn.Linear(8 * cfg.judge_width, len(names))).to(device)
+
+    def make():
+        loss = F.binary_cross_entropy_with_logits
+        fit(net, real.images, known.float(), loss, cfg.judge_steps, cfg, "judge")
+        z = features_of(features, real.images, device)
+        return dict(net=net.state_dict(), moments=moments(z))
+    name = f"prototype-traits-{cfg.dataset}-{cfg.image_size}-{cfg.judge_width}-{cfg.judge_steps}.pt"
+    saved = cached(Path(cfg.data_dir, name), [fingerprint(real.images), names, cfg.mirror], make)
+    net.load_state_dict(saved["net"])
+    return SimpleNamespace(features=features.eval(), last=net[1].cpu(), moments=saved["moments"])
+
+@torch.no_grad()
+def judge_traits(judge, images, device):
+    """uint8 images -> P of each trait [N, A], and their Frechet distance to the judge's images.
+    It lies in the features of this one classifier: not FID, and compares only under the same
+    judge."""
+    z = features_of(judge.features, images, device)
+    return judge.last(z).sigmoid(), frechet_distance(*moments(z), *judge.moments)
+
+# ---- Metrics: FID, IS and KID with the 2015 Inception network ------------------------------------
 
 def moments(features):
     """features [N, D] -> mean [D] and covariance [D, D], float64."""
-    return features.double().mean(0), torch.cov(features.double().T, correction=min(1, len(features) - 1))
-
+    z = features.double()
+    return z.mean(0), torch.cov(z.T, correction=min(1, len(z) - 1))
 
 # exercise
 def frechet_distance(mu1, sigma1, mu2, sigma2):
     """||mu1 - mu2||^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) (Heusel et al. 2017, eq. 6), float64.
-
-    The trace of the root is the sum of the roots of the eigenvalues of S1^(1/2) S2 S1^(1/2), which is symmetric. What
-    rounding brings below 0 counts as 0. mu [D], sigma [D, D] -> a Python number.
-    """
+    The trace of the root is the sum of the roots of the eigenvalues of S1^(1/2) S2 S1^(1/2), which
+    is symmetric. What rounding brings below 0 counts as 0. mu [D], sigma [D, D] -> number."""
     values, vectors = torch.linalg.eigh(sigma1)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
     cross = torch.linalg.eigvalsh(root @ sigma2 @ root).clamp(min=0).sqrt().sum()
     return ((mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * cross).item()
 
-
 def inception_score(logits, splits=10):
-    """exp(mean KL(p(y|x) || p(y))) over shuffled splits (Salimans et al. 2016): logits [N, L] -> mean, std."""
-    logits = logits.double()[torch.randperm(len(logits), generator=torch.Generator().manual_seed(0))]
+    """exp(mean KL(p(y|x) || p(y))) (Salimans et al. 2016): logits [N, L] -> mean, std of splits."""
+    order = torch.randperm(len(logits), generator=torch.Generator().manual_seed(0))
     scores = []
-    for part in logits.tensor_split(splits):
+    for part in logits[order].double().tensor_split(splits):
         log_p = part.log_softmax(1)
         log_mean = log_p.logsumexp(0) - math.log(len(part))
-        scores.append((log_p.exp() * (log_p - log_mean)).sum(1).mean().exp())
-    return torch.stack(scores).mean().item(), torch.stack(scores).std(correction=0).item()
-
+        scores.append((log_p.exp() * (log_p - log_mean)).sum(1).mean().exp().item())
+    return np.mean(scores).item(), np.std(scores).item()
 
 def kernel_distance(x, y, subsets=100, size=1000):
-    """KID (Binkowski et al. 2018): unbiased squared MMD with the kernel (a.b / D + 1)^3, mean and std over subsets.
-
-    x, y: features [N, D]. Subsets have `size` features of each, or as many as there are.
-    """
-    gen, size, distances = torch.Generator().manual_seed(0), min(size, len(x), len(y)), []
+    """KID (Binkowski et al. 2018): unbiased squared MMD with the kernel (a.b / D + 1)^3.
+    x, y: features [N, D] -> mean, std over subsets of `size` features of each, or all there are."""
+    gen = torch.Generator().manual_seed(0)
+    n = min(size, len(x), len(y))
+    distances = []
     for _ in range(subsets):
-        a, b = (f[torch.randperm(len(f), generator=gen)[:size]].double() for f in (x, y))
-        kaa, kbb, kab = ((p @ q.T / x.shape[1] + 1) ** 3 for p, q in ((a, a), (b, b), (a, b)))
-        within = sum((k.sum() - k.trace()) / (size * (size - 1)) for k in (kaa, kbb))     # without k(a, a) itself
-        distances.append(within - 2 * kab.mean())
-    return torch.stack(distances).mean().item(), torch.stack(distances).std(correction=0).item()
-
+        both = torch.cat([f[torch.randperm(len(f), generator=gen)[:n]] for f in (x, y)]).double()
+        k = ((both @ both.T / x.shape[1] + 1) ** 3).fill_diagonal_(0)       # without k(a, a)
+        within = (k[:n, :n].sum() + k[n:, n:].sum()) / (n * (n - 1))
+        distances.append((within - 2 * k[:n, n:].mean()).item())
+    return np.mean(distances).item(), np.std(distances).item()
 
 def fid_inception():
-    """The Inception network of published FIDs, without weights: torchvision's with 1008 outputs and four other pools.
-
-    The average pools of the A, C and first E blocks leave the padding out, which dividing by the pooled ones does; the
-    last E block pools by maximum.
-    """
-    net = torchvision.models.inception_v3(weights=None, num_classes=1008, aux_logits=False, init_weights=False)
-    for name in ("Mixed_5b", "Mixed_5c", "Mixed_5d", "Mixed_6b", "Mixed_6c", "Mixed_6d", "Mixed_6e", "Mixed_7b"):
-        getattr(net, name).branch_pool.register_forward_pre_hook(
-            lambda module, pooled: pooled[0] / F.avg_pool2d(torch.ones_like(pooled[0][:1, :1]), 3, stride=1, padding=1))
+    """The Inception network of published FIDs, without weights: torchvision's with 1008 outputs.
+    The average pools of the A, C and first E blocks leave the padding out, which dividing by the
+    pooled ones does; the last E block pools by maximum."""
+    net = torchvision.models.inception_v3(weights=None, num_classes=1008, aux_logits=False,
+                                          init_weights=False)
+    def without_padding(module, pooled):
+        return pooled[0] / F.avg_pool2d(torch.ones_like(pooled[0][:1, :1]), 3, stride=1, padding=1)
+    for name in ("5b", "5c", "5d", "6b", "6c", "6d", "6e", "7b"):
+        getattr(net, f"Mixed_{name}").branch_pool.register_forward_pre_hook(without_padding)
     seen = []
     net.Mixed_7c.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    net.Mixed_7c.branch_pool.register_forward_pre_hook(lambda module, args: F.max_pool2d(seen.pop(), 3, 1, padding=1))
+    net.Mixed_7c.branch_pool.register_forward_pre_hook(
+        lambda module, args: F.max_pool2d(seen.pop(), 3, 1, padding=1))
     return net.eval().requires_grad_(False)
-
-
-def load_inception(source, device):
-    """Settings' `inception` -> the network with weights; None and the reason where there are none to be had."""
-    if source == "off" or source == "auto" and device.type == "cpu":
-        return None, "ask with --inception download, or --inception FILE"
-    try:
-        options = dict(map_location="cpu", weights_only=True)
-        weights = torch.load(source, **options) if source not in ("auto", "download") else \
-            torch.hub.load_state_dict_from_url(INCEPTION, check_hash=True, **options)
-        net = fid_inception()
-        net.load_state_dict(weights)
-        return net.to(device), ""
-    except Exception as error:                                # no network, no such file, damaged, of another network
-        return None, f"no weights from {source}: {str(error).splitlines()[0][:100]}"
-
 
 @torch.no_grad()
 def inception_features(net, images, device):
-    """uint8 [N, C, H, W] -> features [N, 2048], logits without bias [N, 1008], on the CPU; input as in pytorch-fid."""
-    features, head = [], net.fc
+    """uint8 [N, C, H, W] -> features [N, 2048] as in pytorch-fid, logits without bias [N, 1008]."""
+    head = net.fc
     net.fc = nn.Identity()
+    features = []
     for part in images.split(100):
         x = part.to(device).expand(-1, 3, -1, -1).float() / 255
-        features.append(net(2 * F.interpolate(x, size=(299, 299), mode="bilinear", align_corners=False) - 1).cpu())
-    net.fc, features = head, torch.cat(features)
+        x = F.interpolate(x, size=(299, 299), mode="bilinear", align_corners=False)
+        features.append(net(2 * x - 1).cpu())
+    net.fc = head
+    features = torch.cat(features)
     return features, features @ head.weight.T.cpu()
 
+INCEPTION = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
+             "pt_inception-2015-12-05-6726825d.pth")
 
 def inception_metrics(cfg, samples, real, device):
-    """FID, IS, KID of uint8 samples against all training images `real`; one line and {} where there are no weights.
-
-    The reference (mu, sigma, 10,000 features for KID) is cached beside the data. Under 50,000 samples: FID-10k.
-    """
-    device = torch.device("cpu") if device.type == "mps" else device                # for float64
-    net, reason = load_inception(cfg.inception, device)
-    if net is None:
-        print(f"FID, IS, KID: not computed ({reason})")
+    """FID, IS, KID of uint8 samples against all training images; {} without weights, and a line."""
+    try:
+        with explained("FID, IS, KID: not computed; ask with --inception download, or FILE"):
+            check(cfg.inception != "off", "now off")
+            net = fid_inception()
+            if cfg.inception == "download":
+                weights = torch.hub.load_state_dict_from_url(INCEPTION, check_hash=True)
+            else:
+                weights = torch.load(cfg.inception)
+            net.load_state_dict(weights)
+    except Stop as error:
+        progress(str(error), "\n")
         return {}
-    cache = Path(cfg.data_dir, f"inception-{cfg.dataset}-{hashlib.sha1(real.numpy()).hexdigest()[:12]}.npz")
-    if not cache.exists():
+    net.to(device)
+    def make():
         features, _ = inception_features(net, real, device)
-        mu, sigma = moments(features)
-        some = features[torch.randperm(len(features), generator=torch.Generator().manual_seed(0))[:10_000]]
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        save_safely(dict(mu=mu, sigma=sigma, features=some), cache)
-    mu, sigma, some = (torch.from_numpy(np.load(cache)[name]) for name in ("mu", "sigma", "features"))
+        some = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))[:10_000]
+        return dict(moments=moments(features), features=features[some])
+    path = Path(cfg.data_dir, f"prototype-inception-{cfg.dataset}-{cfg.image_size}.pt")
+    reference = cached(path, [fingerprint(real), cfg.inception], make)
     features, logits = inception_features(net, samples, device)
-    (kid, kid_std), (score, score_std) = kernel_distance(features, some), inception_score(logits)
-    n = "" if len(samples) >= 50_000 else f"-{len(samples) / 1000:g}k"
-    return {f"FID{n}": frechet_distance(*moments(features), mu, sigma), f"KID{n}": kid, f"KID{n} (std)": kid_std,
-            f"IS{n}": score, f"IS{n} (std)": score_std}
-
-
-def resnet(channels, side, width=64, imagenet=False):
-    """torchvision's ResNet-18 for images [B, channels, side, side], its first stage `width` channels wide; fc: none."""
-    if imagenet and width != 64:
-        raise Stop("ImageNet weights (--imagenet) are of width 64: add --learner-width 64")
-    net = torchvision.models.resnet18(weights="DEFAULT" if imagenet else None)
-    if width != 64:                                           # torchvision fixes the width: build the four stages again
-        net.inplanes, net.bn1, block = width, nn.BatchNorm2d(width), torchvision.models.resnet.BasicBlock
-        for i, stride in enumerate((1, 2, 2, 2)):
-            setattr(net, f"layer{i + 1}", net._make_layer(block, width << i, 2, stride))
-    if side <= 64:                                            # a stem that keeps small images large
-        net.conv1, net.maxpool = nn.Conv2d(channels, width, 3, padding=1, bias=False), nn.Identity()
-    elif (channels, width) != (3, 64):
-        net.conv1 = nn.Conv2d(channels, width, 7, 2, padding=3, bias=False)
-    net.fc = nn.Identity()
-    return net
-
-
-def shifted(x, gen):
-    """Augmentation: each image of x [B, C, H, W] moved by up to an eighth of its side, edges mirrored."""
-    most = x.shape[-1] // 8
-    theta = torch.eye(2, 3, device=x.device).repeat(len(x), 1, 1)
-    theta[:, :, 2] = torch.randint(-most, most + 1, (len(x), 2), generator=gen, device=x.device) * 2 / x.shape[-1]
-    grid = F.affine_grid(theta, x.shape, align_corners=False)
-    return F.grid_sample(x, grid, mode="nearest", padding_mode="reflection", align_corners=False)
-
-
-def fit(net, images, targets, loss_fn, steps, cfg, seed, device):
-    """Train a classifier on uint8 images [N, C, H, W] by loss_fn(net(x), target), 128 a step -> net, in eval mode."""
-    net.to(device, memory_format=memory_format(device)).train()
-    optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3, weight_decay=0.05, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps + 1)
-    images, targets, gen = place_images(images, device), targets.to(device), torch.Generator(device)
-    dtype = amp_dtype(device, cfg.amp)
-    for step in range(steps):
-        gen.manual_seed(seed_of(seed, 0, step))
-        index = random_index(images, 128, seed, 3, step)
-        flip = torch.rand(128, generator=gen, device=device) < 0.5 if cfg.mirror else None
-        with autocast(device, None if dtype is torch.float16 else dtype):           # float16 would want a scaler
-            output = net(shifted(scaled(images, index, device, flip), gen))
-        loss = loss_fn(output.float(), targets[index.to(device)])
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        if (step + 1) % cfg.log_every == 0:
-            progress(f"classifier: step {step + 1}/{steps}  loss {loss.item():.4f}")
-    return net.eval().requires_grad_(False)
-
-
-@torch.no_grad()
-def features_of(net, images, device):
-    """net(x) in float32 on the CPU for all uint8 images [N, C, H, W], as x in [-1, 1]."""
-    return torch.cat([net(scaled(images, i, device)).float().cpu() for i in torch.arange(len(images)).split(500)])
-
-
-JUDGE_SEED = 2**31 + 20_000             # no run's: --seed ends below
-
-
-def traits(data):
-    """What is known of images: attributes, else classes one by one -> bool [N, A], names; None, [] if neither."""
-    if data.attributes is not None:
-        return data.attributes, list(data.attribute_names)
-    if data.labels is None or len(data.classes) < 2:
-        return None, []
-    return F.one_hot(data.labels, len(data.classes)).bool(), data.classes
-
-
-def train_attribute_judge(cfg, train_set, device):
-    """A classifier of the traits, trained apart: real images alone, another seed, for shapes other, unbiased images.
-
-    Returns embed, image -> features; probabilities, features -> P [N, A]; real, the moments of its features of the
-    training images. The Frechet distance in these features is not FID, and compares only under the same judge.
-    """
-    data = load_dataset("shapes", "judge", cfg.image_size) if cfg.dataset == "shapes" else train_set
-    known, names = traits(data)
-    torch.manual_seed(JUDGE_SEED)
-    net = nn.Sequential(resnet(*data.images.shape[1:3], cfg.judge_width), nn.Linear(8 * cfg.judge_width, len(names)))
-    net = fit(net, data.images, known.float(), F.binary_cross_entropy_with_logits, cfg.judge_steps, cfg, JUDGE_SEED,
-              device)
-    embed, head = net[0], net[1].cpu()
-    return SimpleNamespace(embed=embed, probabilities=lambda z: head(z).sigmoid(),
-                           real=moments(features_of(embed, train_set.images, device)))
-
+    fid = frechet_distance(*moments(features), *reference["moments"])
+    values = [fid, *kernel_distance(features, reference["features"]), *inception_score(logits)]
+    n = "" if len(samples) >= 50_000 else f"_{len(samples) / 1000:g}k"      # fewer: another number
+    return dict(zip([f"fid{n}", f"kid{n}", f"kid{n}_std", f"is{n}", f"is{n}_std"], values))
 
 # exercise
 def auroc(score, positive):
-    """Area under the ROC curve: P(a positive scores above a negative), ties half; score [N], positive bool [N].
-
-    With P positives, N negatives: (sum of the positives' ranks - P (P + 1) / 2) / (P N), where ranks count all scores
-    from 1 upwards and ties share their mean rank. NaN without positives or without negatives.
-    """
+    """P(a positive scores above a negative), ties half: score [N], positive bool [N] -> a number.
+    With P positives, N negatives: (sum of the positives' ranks - P (P + 1) / 2) / (P N). Ranks
+    count all scores from 1 upwards, and ties share their mean rank. NaN without either."""
     _, place, count = score.unique(return_inverse=True, return_counts=True)
-    rank = (count.cumsum(0) - (count - 1) / 2).double()[place]                      # 1..N, the mean rank of ties
-    P, N = positive.sum().item(), (~positive).sum().item()
-    return (rank[positive].sum().item() - P * (P + 1) / 2) / (P * N) if P and N else math.nan
-
+    rank = (count.cumsum(0) - (count - 1) / 2).double()[place]              # 1..N, the mean of ties
+    P = positive.sum().item()
+    N = len(score) - P
+    if P * N == 0:
+        return math.nan
+    return (rank[positive].sum().item() - P * (P + 1) / 2) / (P * N)
 
 def single_aurocs(s, known):
-    """AUROC of every activation alone for every trait: s [N, m], known bool [N, A] -> float64 [m, A]."""
-    return torch.tensor([[auroc(column, positive) for positive in known.T] for column in s.T], dtype=torch.float64)
-
+    """AUROC of every activation alone for every trait: s [N, m], known [N, A] -> float64 [m, A]."""
+    aurocs = [[auroc(s_j, trait) for trait in known.T] for s_j in s.T]
+    return torch.tensor(aurocs, dtype=torch.float64)
 
 def logistic_aurocs(s, known, folds=5):
-    """AUROC of all activations together: s [N, m], known bool [N, A] -> float64 [A], mean over held-out folds.
-
-    Logistic regression on standardised s with the weight decay of C = 1 (sum of losses + ||w||^2 / 2), by L-BFGS.
-    """
-    order, found = torch.randperm(len(s), generator=torch.Generator().manual_seed(0)), []
-    for fold in order.chunk(folds):
+    """AUROC of all activations together, mean over held-out folds: s [N, m], known [N, A] -> [A].
+    Logistic regression on standardised s, by L-BFGS: sum of losses + ||w||^2 / 2. In float64."""
+    found = []
+    for fold in torch.randperm(len(s), generator=torch.Generator().manual_seed(0)).chunk(folds):
         rest = torch.ones(len(s), dtype=torch.bool).index_fill_(0, fold, False)
         x = ((s - s[rest].mean(0)) / s[rest].std(0).clamp(min=1e-6)).double()
-        w, bias = (torch.zeros(n, known.shape[1], dtype=torch.float64, requires_grad=True) for n in (s.shape[1], 1))
+        w = torch.zeros(s.shape[1], known.shape[1], dtype=torch.float64, requires_grad=True)
+        bias = torch.zeros(known.shape[1], dtype=torch.float64, requires_grad=True)
         optimizer = torch.optim.LBFGS([w, bias], max_iter=100, line_search_fn="strong_wolfe")
 
         def objective():
             optimizer.zero_grad()
             logits = x[rest] @ w + bias
-            loss = F.binary_cross_entropy_with_logits(logits, known[rest].double(), reduction="sum") / rest.sum()
-            loss = loss + w.square().sum() / 2 / rest.sum()
+            loss = F.binary_cross_entropy_with_logits(logits, known[rest].double(), reduction="sum")
+            loss = (loss + w.square().sum() / 2) / rest.sum()
             loss.backward()
             return loss
         optimizer.step(objective)
         scores = (x[fold] @ w + bias).detach()
-        found.append(torch.tensor([auroc(*pair) for pair in zip(scores.T, known[fold].T)], dtype=torch.float64))
-    return torch.stack(found).mean(0)
-
+        found.append([auroc(*pair) for pair in zip(scores.T, known[fold].T)])
+    return torch.tensor(found, dtype=torch.float64).mean(0)
 
 def mutual_information(a, b):
     """I(a; b) in nats of two bool columns [N]; with itself it is the entropy."""
     joint = torch.bincount(2 * a.long() + b.long(), minlength=4).view(2, 2).double() / len(a)
-    entropy = [torch.special.entr(p).sum() for p in (joint.sum(1), joint.sum(0), joint)]
-    return (entropy[0] + entropy[1] - entropy[2]).item()
-
+    of_a, of_b, of_both = (torch.special.entr(p).sum() for p in (joint.sum(1), joint.sum(0), joint))
+    return (of_a + of_b - of_both).item()
 
 def disentanglement(s, known):
-    """TAD (Yeats et al. 2022): s [N, m], known bool [N, A] -> total, number of traits that one activation captures.
-
-    Of each trait that no other tells (mutual information over its own entropy at most 0.2) and whose best single AUROC,
-    max(AUC, 1 - AUC), is at least 0.75: best minus second best.
-    """
+    """TAD (Yeats et al. 2022): s [N, m], known bool [N, A] -> total, number of traits captured.
+    Best minus second best of max(AUC, 1 - AUC) over single activations, for each trait whose best
+    is at least 0.75 and that no other tells: mutual information at most 0.2 of its entropy."""
     strength = single_aurocs(s, known)
-    strength = torch.maximum(strength, 1 - strength).nan_to_num(0.5)                # [m, A]
-    total, captured = 0.0, 0
+    strength = torch.maximum(strength, 1 - strength).nan_to_num(0.5)        # [m, A]
+    gaps = []
     for i, a in enumerate(known.T):
-        shared = max((mutual_information(a, b) for k, b in enumerate(known.T) if k != i), default=0.0)
+        others = [mutual_information(a, b) for k, b in enumerate(known.T) if k != i]
         best, second = strength[:, i].topk(2).values.tolist()
-        if best >= 0.75 and shared <= 0.2 * mutual_information(a, a):
-            total, captured = total + best - second, captured + 1
-    return total, captured
+        if best >= 0.75 and max(others, default=0.0) <= 0.2 * mutual_information(a, a):
+            gaps.append(best - second)
+    return sum(gaps), len(gaps)
 
+@torch.no_grad()
+def spread_points(z, n, seed):
+    """k-means++ (Arthur & Vassilvitskii 2007): n of the points z [N, D], far apart -> [n, D].
+    The next one is drawn with probability proportional to its squared distance to the nearest
+    one already drawn."""
+    gen = torch.Generator().manual_seed(seed_of(seed, "k-means"))
+    chosen = [torch.randint(len(z), (), generator=gen)]
+    nearest = (z - z[chosen[0]]).square().sum(1)        # squared distance to the nearest, [N]
+    while len(chosen) < n:
+        chosen.append(torch.multinomial(nearest + 1e-12, 1, generator=gen)[0])
+        nearest = torch.minimum(nearest, (z - z[chosen[-1]]).square().sum(1))
+    return z[torch.stack(chosen)]
+
+def raised_share(cfg, run, s_all, images, follow):
+    """Share of at least cfg.pairs pairs, a live prototype and an image, that respond to raising."""
+    live = prototype_state(s_all)[0].nonzero().flatten().tolist()
+    n = math.ceil(cfg.pairs / len(live))
+    _, again = raise_prototypes(cfg, run, images[:n], live, s_all, follow)
+    return responses(again, live).float().mean().item()
 
 def prototype_state(s):
-    """Activations of held-out images s [N, m] -> live bool [m], counts of dead and duplicate prototypes (choice).
-
-    Dead: its spread (standard deviation) over images is less than a twentieth of the liveliest one's.
-    Duplicate: live, but correlated by over 0.95 (either sign) with a live one before it.
-    """
+    """Which prototypes are live, and which dead, by s [N, m] of held-out images -> bool [m] both.
+    choice: a prototype is dead if its standard deviation is below a twentieth of the largest. It is
+    a duplicate, and neither, if it correlates by over 0.95, either sign, with a live one before
+    it."""
     spread = s.std(0)
-    dead, r = spread < 0.05 * spread.max(), correlation(s).abs()
-    twin = torch.zeros_like(dead)
-    for j in range(len(r)):
-        twin[j] = not dead[j] and bool((r[j, :j] > 0.95)[~(dead | twin)[:j]].any())
-    return ~(dead | twin), int(dead.sum()), int(twin.sum())
+    dead = spread < 0.05 * spread.max()
+    alike = correlation(s).abs() > 0.95
+    live = ~dead
+    for j in range(len(live)):
+        live[j] &= ~(alike[j, :j] & live[:j]).any()
+    return live, dead
 
+# ---- Pictures ------------------------------------------------------------------------------------
 
-def reconstruct(model, cfg, images, device):
-    """uint8 images -> float [N, C, H, W], regenerated from their s and inverted xT: reconstruct."""
-    s, xT = invert_images(model, cfg, images, device)
-    return render(model, cfg, s, device, xT)
-
-
-def vary(model, cfg, images, n, device):
-    """uint8 images [N, C, H, W] -> [N, n, C, H, W], regenerated from their s and random xT: variations."""
-    s = activations(model, images, device).repeat_interleave(n, 0)
-    return render(model, cfg, s, device, shape=images.shape[1:]).view(len(images), n, *images.shape[1:])
-
-
-# exercise
-def spherical(a, b, share):
-    """Spherical interpolation (Shoemake 1985): noise a, b [C, H, W], share [n] from 0 (a) to 1 (b) -> [n, C, H, W].
-
-    (sin((1 - share) angle) a + sin(share angle) b) / sin(angle), angle: between a and b as two long vectors. Its cosine
-    is kept within +-0.9999, where this is as good as linear and nothing is divided by 0.
-    """
-    angle = torch.acos(F.cosine_similarity(a.flatten(), b.flatten(), dim=0).clamp(-0.9999, 0.9999))
-    share = share[:, None, None, None]
-    return (torch.sin((1 - share) * angle) * a + torch.sin(share * angle) * b) / torch.sin(angle)
-
-
-def interpolate(model, cfg, pair, device, n=9):
-    """Between two uint8 images [2, C, H, W], linear in s and spherical in xT -> [n, C, H, W]."""
-    (s, xT), share = invert_images(model, cfg, pair, device), torch.linspace(0, 1, n)
-    return render(model, cfg, torch.lerp(s[0], s[1], share[:, None]), device, spherical(*xT, share))
-
-
-def company(s_all, chosen):
-    """How all activations change with the k chosen ones, by linear regression over images s_all [N, m] -> [k, m].
-
-    Prototypes of one pattern come and go together. One of them at another value, and the others not, is an image that
-    there is not, and moves little (choice; the paper moves the chosen ones alone).
-    """
-    covariance = torch.cov(s_all.T)
-    return torch.linalg.pinv(covariance[chosen][:, chosen], rtol=1e-3, hermitian=True) @ covariance[chosen]
-
-
-def set_activations(s, chosen, values, slopes=None):
-    """Activations s [N, m] with the k chosen ones at values [N or 1, k]; slopes, of `company`: the others follow."""
-    moved = s.clone() if slopes is None else (s + (values - s[:, chosen]) @ slopes).clamp(0, -math.log(EPSILON))
-    moved[:, chosen] = values
-    return moved
-
-
-def move(model, cfg, s, xT, j, values, device, slopes=None):
-    """One image, s [m] and inverted xT [C, H, W], for each value [n] of its activation j: edit -> [n, C, H, W].
-
-    slopes: of `company` for j, if the others are to follow.
-    """
-    rows = set_activations(s.repeat(len(values), 1), [j], torch.as_tensor(values)[:, None], slopes)
-    return render(model, cfg, rows, device, xT.expand(len(values), *xT.shape))
-
-
-def best_patches(model, images, chosen, device):
-    """uint8 or float images [N, C, S, S], prototypes chosen [k] -> boxes int64 [N, k, 2]: row, column of the corner.
-
-    Of each image the patch that activates the prototype most; `receptive_field` gives its size. It may begin at -1,
-    in the padding.
-    """
-    x = images.float() / 127.5 - 1 if images.dtype == torch.uint8 else images
-    maps = torch.cat([model.maps(part.to(device))[:, chosen].cpu() for part in x.split(250)])       # [N, k, h, w]
-    best, (start, _, step) = maps.flatten(2).argmax(2), receptive_field(model.encoder)
-    return start + step * torch.stack([best // maps.shape[-1], best % maps.shape[-1]], -1)
-
-
-def show_prototype(model, cfg, s, xT, j, value, device, slopes=None):
-    """What is prototype j? Raise s_j of all images s [N, m], xT [N, C, H, W] to value, regenerate.
-
-    slopes: of `company` for j, if the others are to follow.
-
-    Returns the image that then responds most, [C, H, W], its response, and the corner of the patch that does.
-    """
-    images = render(model, cfg, set_activations(s, [j], torch.tensor([[value]]), slopes), device, xT)
-    response = activations(model, images, device)[:, j]
-    image = images[response.argmax()]
-    return image, response.max().item(), best_patches(model, image[None], [j], device)[0, 0]
-
-
-def emergence(model, cfg, s, device, shape, steps=50):
-    """When: s of the image predicted at every step from random noise -> t [steps], [steps, N, m]."""
-    times, seen, steps = [], [], min(steps, cfg.timesteps)
-    cfg = dataclasses.replace(cfg, sampler="ddim", sample_steps=steps, sample_batch=len(s), compile=False)
-
-    def see(t, x, x0):
-        times.append(t)
-        seen.append(activations(model, x0.cpu(), device))
-    render(model, cfg, s, device, shape=shape, see=see)
-    return times, torch.stack(seen)
-
-
-def emerged_at(course, share=0.9):
-    """The first step from which on s_j stays at `share` of its end or more: course [steps, ...] -> int64 [...]."""
-    below = course < share * course[-1]
-    last = torch.arange(1, len(course) + 1).view(-1, *[1] * (course.dim() - 1)) * below
-    return last.amax(0)
-
-
-def switch(model, cfg, s_a, s_b, at, device, shape):
-    """Conditioned on s_a [N, m] while t >= at, on s_b below: the switch, from random noise -> [N, C, H, W]."""
-    def switching(x, t, both):
-        return model(x, t, torch.where((t >= at)[:, None], *both.chunk(2, dim=1)))
-    return render(switching, dataclasses.replace(cfg, compile=False), torch.cat([s_a, s_b], 1), device, shape=shape)
-
-
-# exercise
-def choose_movers(s, known, a, b, n=3):
-    """The n activations with the best single AUROC for trait a, those best for trait b excluded.
-
-    s [N, m], known bool [N, A]; a, b: columns of known -> a list of n numbers, best first. AUC and 1 - AUC tell as
-    much, NaN tells nothing, as 0.5 does. Excluded are the n best for b.
-    """
-    auc = single_aurocs(s, known[:, [a, b]])
-    strength = torch.maximum(auc, 1 - auc).nan_to_num(0.5)    # [m, 2]
-    order = strength[:, 0].argsort(descending=True).tolist()
-    return [j for j in order if j not in strength[:, 1].topk(n).indices.tolist()][:n]
-
-
-def diagnose(model, cfg, judge, data, a, b, device, most=300):
-    """Does trait a drag trait b along? On held-out data -> dict of figures, and images to look at.
-
-    The movers go to their mean over images of the opposite of a, the others follow as they do on these images, which
-    are balanced: nothing but the model ties b to a. Image and edited image start from the same random xT.
-    leak: mean signed change of P(b) per unit change of P(a), + if b follows a; its interval is a bootstrap of images.
-    """
-    known, s = traits(data)[0], activations(model, data.images, device)
-    movers = choose_movers(s, known, a, b)
-    mean = torch.stack([s[~known[:, a]].mean(0), s[known[:, a]].mean(0)])           # without a, with a: [2, m]
-    some = torch.randperm(len(s), generator=torch.Generator().manual_seed(seed_of(cfg.seed, 13)))[:most]
-    has = known[some, a]
-    edited = set_activations(s[some], movers, mean[(~has).long()][:, movers], company(s, movers))
-    pictures = [to_uint8(render(model, cfg, part, device, shape=data.images.shape[1:])) for part in (s[some], edited)]
-    before, after = (judge.probabilities(features_of(judge.embed, part, device)) for part in pictures)
-    change = torch.where(has, -1, 1)[:, None] * (after - before)[:, [a, b]]         # [N, 2]
-    draws = torch.randint(len(some), (1000, len(some)), generator=torch.Generator().manual_seed(0))
-    leaks = change[draws].mean(1)
-    low, high = (leaks[:, 1] / leaks[:, 0]).quantile(torch.tensor([0.025, 0.975])).tolist()
-    moved, dragged = change.mean(0).tolist()
-    figures = {"moved prototypes": movers, "change of P(attribute)": moved, "change of P(watched)": dragged,
-               "leak": dragged / moved if moved else math.nan, "leak, 95 % from": low, "leak, 95 % to": high}
-    return figures, SimpleNamespace(before=pictures[0], after=pictures[1], p_before=before[:, [a, b]],
-                                    p_after=after[:, [a, b]], has=has)
-
-
-def raised_prototypes(model, cfg, s_all, images, device):
-    """Raise each live prototype to its largest value in s_all [N, m]: share of (prototype, image) pairs that respond.
-
-    A pair responds if the edited image, encoded again, has a larger s_j than the unedited reconstruction has. Returns
-    the share with the others as they are, the share with their `company`, and the number of pairs.
-    """
-    live = prototype_state(s_all)[0].nonzero().flatten()
-    n = min(len(images), max(1, -(-cfg.pairs // len(live))))
-    s, xT = invert_images(model, cfg, images[:n], device)
-    plain, top, shares = activations(model, render(model, cfg, s, device, xT), device), s_all.amax(0), []
-    for follow in (lambda j: None, lambda j: company(s_all, [j])):
-        rows = torch.stack([set_activations(s, [j], top[[j]], follow(j)) for j in live.tolist()])   # [live, n, m]
-        images = render(model, cfg, rows.flatten(0, 1), device, xT.repeat(len(live), 1, 1, 1))
-        again = activations(model, images, device)
-        up = again.view(len(live), n, -1)[torch.arange(len(live)), :, live] > plain[:, live].T      # [live, n]
-        shares.append(up.float().mean().item())
-    return *shares, up.numel()
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# 8  Pictures
-# --------------------------------------------------------------------------------------------------------------------
-
-def draw_grid(path, images, rows, title, columns=()):
-    """uint8 images [R * n, C, H, W] as R rows of n, with names for the rows and, if given, the columns."""
-    n, step = len(images) // len(rows), images.shape[-1] + 1
-    tiles = torchvision.utils.make_grid(images, nrow=n, padding=1, pad_value=255).permute(1, 2, 0)
-    fig = Figure(figsize=(1.5 + 0.55 * n, 0.7 + 0.55 * len(rows)), layout="constrained")
+def draw_grid(path, images, rows, title, columns=(), size=0.55):
+    """uint8 images [R * n, C, H, W], `size` inches each, as R named rows of n, named columns."""
+    n = len(images) // len(rows)
+    centres = (np.arange(max(n, len(rows))) + 0.5) * (images.shape[-1] + 1)
+    tiles = torchvision.utils.make_grid(images, n, padding=1, pad_value=255)
+    fig = Figure(figsize=(1.5 + size * n, 0.7 + size * len(rows)), layout="constrained")
     axes = fig.subplots()
-    axes.imshow(tiles, interpolation="nearest")
-    axes.set_yticks([(i + 0.5) * step for i in range(len(rows))], rows)
-    axes.set_xticks([(i + 0.5) * step for i in range(len(columns))], columns, fontsize="small")
+    axes.imshow(tiles.permute(1, 2, 0), interpolation="nearest")
+    axes.set_yticks(centres[:len(rows)], rows)
+    axes.set_xticks(centres[:len(columns)], columns, fontsize="small")
     axes.tick_params(length=0)
-    axes.spines[:].set_visible(False)
     fig.suptitle(title, fontsize="medium", wrap=True)
     fig.savefig(path, dpi=130)
 
+def draw_curves(path, groups, names):
+    """Columns of the logs of runs (group -> list of metrics.json) over steps, and over all seconds.
+    A group of several runs gets its mean at the end, with the 95 % interval."""
+    fig = Figure(figsize=(3 * len(names), 6), layout="constrained")
+    for name, (steps, clock) in zip(names, fig.subplots(2, len(names), squeeze=False).T):
+        for i, (group, runs) in enumerate(groups.items()):
+            for run in runs:
+                rows = [row for row in run["log"] if name in row]
+                values = [row[name] for row in rows]
+                seconds = [run["seconds_before"] + row["seconds"] for row in rows]
+                steps.plot([row["step"] for row in rows], values, ".-", color=f"C{i}")
+                clock.plot(seconds, values, ".-", color=f"C{i}")
+            if len(runs) > 1:
+                mean, half = mean_interval([run["log"][-1].get(name, math.nan) for run in runs])
+                steps.errorbar(runs[0]["step"], mean, half, fmt="o", capsize=6, color=f"C{i}")
+            clock.plot([], [], color=f"C{i}", label=group)
+        steps.set(title=name, xlabel="training step")
+        clock.set_xlabel("seconds, with all before training")
+    fig.legend(*clock.get_legend_handles_labels(), loc="outside upper center")
+    fig.savefig(path, dpi=90)
 
-def draw_curves(path, rows):
-    """curves.png: every column of log.csv against the step."""
-    names = [name for name in rows[0] if name not in ("step", "seconds")]
-    columns = min(4, len(names))
-    fig = Figure(figsize=(4 * columns, 3 * -(-len(names) // columns)), layout="constrained")
-    for axes, name in zip(fig.subplots(-(-len(names) // columns), columns, squeeze=False).flat, names):
-        axes.plot([row["step"] for row in rows], [row[name] for row in rows])
-        axes.set(title=name, xlabel="step", yscale="log" if name == "loss" else "linear")
-        axes.grid(alpha=0.3)
-    fig.savefig(path, dpi=110)
+def framed(run, images, chosen):
+    """RGB images, with a frame just outside the patch of image i that activates chosen[i] most."""
+    size = receptive_field(run.model.encoder)[1]
+    corners = best_patches(run, images, chosen).flip(1)                     # x, y
+    boxes = torch.cat([corners - 1, corners + size], 1).clamp(0, images.shape[-1] - 1)
+    width = max(1, images.shape[-1] // 32)
+    draw = torchvision.utils.draw_bounding_boxes
+    return torch.stack([draw(image, box[None], colors="red", width=width)
+                        for image, box in zip(images, boxes)])
 
+def heat_maps(run, images, maps):
+    """Maps [N, h, w] in 0..1 as pictures like the images, each value at the middle of its patch."""
+    start, size, step = receptive_field(run.model.encoder)
+    first = start + (size - step) // 2
+    last = images.shape[-1] - first - step * maps.shape[-1]
+    heat = maps.repeat_interleave(step, 1).repeat_interleave(step, 2)
+    heat = F.pad(heat, (first, last, first, last))[:, None].expand_as(images)
+    return (255 * heat).to(torch.uint8)
 
-COLOURS = matplotlib.colormaps["tab20"].colors
-
-
-def draw_panels(path, panels, title, rows=(), columns=(), size=1.1):
-    """A grid of axes, each drawn by its panel(axes), panels [R][C] (None: empty), with names of rows and columns."""
-    R, C = len(panels), max(len(row) for row in panels)
-    fig = Figure(figsize=(1.2 + size * C, 0.8 + 1.15 * size * R), layout="constrained")
-    for r, row in enumerate(fig.subplots(R, C, squeeze=False)):
-        for c, axes in enumerate(row):
-            axes.set(xticks=[], yticks=[])
-            axes.spines[:].set_visible(False)
-            if c < len(panels[r]) and panels[r][c]:
-                panels[r][c](axes)
-            if c == 0 and r < len(rows):
-                axes.set_ylabel(rows[r], rotation=0, ha="right", va="center", fontsize="small")
-            if r == 0 and c < len(columns):
-                axes.set_title(columns[c], fontsize="small")
-    fig.suptitle(title, fontsize="medium", wrap=True)
-    fig.savefig(path, dpi=120)
-
-
-def panel(image, box=None, size=0, text="", heat=None, extent=None):
-    """A function that draws an image, uint8 or float [C, H, W], with a framed patch, text below, a heat map over it."""
-    image = image if image.dtype == torch.uint8 else to_uint8(image)
-
-    def draw(axes):
-        axes.imshow(image.expand(3, -1, -1).permute(1, 2, 0), interpolation="nearest")
-        if box is not None:
-            y, x = (box - 0.5).tolist()
-            for colour, width in (("white", 2.6), ("black", 1.2)):                  # seen on any image
-                axes.add_patch(matplotlib.patches.Rectangle((x, y), size, size, fill=False, color=colour,
-                                                            linewidth=width))
-        if heat is not None:
-            axes.imshow(heat, extent=extent, cmap="inferno", alpha=0.65, interpolation="nearest")
-        side = image.shape[-1]
-        axes.set(xlim=(-1.5, side + 0.5), ylim=(side + 0.5, -1.5))
-        axes.set_xlabel(text, fontsize="x-small")
-    return draw
-
-
-def draw_reconstruction(path, real, inverted):
-    """reconstruction.png: uint8 images [n, C, H, W] above what s and inverted noise give back, and the error."""
-    error = (inverted.clamp(-1, 1) - (real.float() / 127.5 - 1)).abs().mean((1, 2, 3)).tolist()
-    draw_panels(path, [[panel(x) for x in real], [panel(x, text=f"{e:.3f}") for x, e in zip(inverted, error)]],
-                "Reconstruction: from the activations s and the noise that the sampler run backwards leads to",
-                ["held-out image", "reconstruction\n(mean abs. error\non [-1, 1])"])
-
-
-def draw_variations(path, real, varied):
-    """variations.png: uint8 images [n, C, H, W] beside images of the same s from random noise, varied [n, k, ...]."""
-    columns = ["real image", *["same s"] * varied.shape[1]]
-    draw_panels(path, [[panel(x), *map(panel, row)] for x, row in zip(real, varied)],
-                "Variations: the same activations s, other noise. What stays is what s knows; what changes it does not",
-                columns=columns)
-
-
-def draw_interpolation(path, pairs, courses):
-    """interpolation.png: pairs of real images [P, 2, C, H, W], and what lies between them, [P, n, C, H, W]."""
-    n = courses.shape[1]
-    draw_panels(path, [[panel(a), *map(panel, course), panel(b)] for (a, b), course in zip(pairs, courses)],
-                "Interpolation: from one image to another, linear in s, spherical in the noise",
-                columns=["real A", *(f"{i / (n - 1):.0%}" for i in range(n)), "real B"])
-
-
-def draw_extrapolation(path, real, courses, names, values):
-    """extrapolation.png: a row a prototype: one image, with s_j from 0 past its largest value; courses [k, n, ...]."""
-    rows = [[panel(real), *(panel(x, text=f"{v:.2g}") for x, v in zip(course, row))]
-            for course, row in zip(courses, values)]
-    draw_panels(path, rows, "Extrapolation: s_j (below) from 0 past its largest on real images; others follow", names,
-                ["real image", *[""] * (courses.shape[1] - 2), "largest", "x 1.5"])
-
-
-def draw_prototypes_seen(path, shown, boxes, real, real_boxes, size, names):
-    """prototypes.png: what each prototype is. Regenerated images [k, ...] beside the real ones [k, n, ...], framed."""
-    rows = [[panel(x, box, size), None, *(panel(r, b, size) for r, b in zip(row, row_boxes))]
-            for x, box, row, row_boxes in zip(shown, boxes, real, real_boxes)]
-    title = "What: a held-out image with s_j raised and those that come with it (left), and the real patches that "\
-            "activate prototype j most"
-    draw_panels(path, rows, title, names, ["s_j raised", "", *[f"real no. {i + 1}" for i in range(real.shape[1])]])
-
-
-def draw_consistency(path, real, raised, boxes, texts, size, names):
-    """consistency.png: the same k prototypes raised on n images; raised [n, k, C, H, W], boxes, texts [n][k]."""
-    rows = [[panel(x), *(panel(y, b, size, text) for y, b, text in zip(*row))]
-            for x, *row in zip(real, raised, boxes, texts)]
-    draw_panels(path, rows, "Consistency: does raising a prototype and its company do the same to every image? "
-                "(below: s_j encoded again, before > after)", columns=["real image", *names], size=1.3)
-
-
-def draw_where(path, real, maps, extent, names):
-    """where.png: activation maps [N, k, h, w] of k prototypes over each real image [N, C, H, W]."""
-    rows = [[panel(x), *(panel(x, heat=heat, extent=extent, text=f"{heat.max():.2g}") for heat in row)]
-            for x, row in zip(real, maps)]
-    draw_panels(path, rows, "Where: how strongly each patch activates the prototype (below: the largest, which is s_j)",
-                columns=["real image", *names], size=1.2)
-
-
-def draw_denoising_seen(path, steps, names, T):
-    """denoising.png: from noise to image. steps: (t, noisy [n, C, H, W], predicted [n, C, H, W]) for each column."""
-    rows = [[panel(part[i].clamp(-1, 1)) for _, *parts in steps for part in [parts[k]]]
-            for i in range(len(steps[0][1])) for k in (0, 1)]
-    draw_panels(path, rows, f"From noise to image: noisy, and the image predicted from that (t: noise level, of {T})",
-                [f"{name}, {what}" for name in names for what in ("noisy", "predicted")], [f"t={t}" for t, *_ in steps])
-
-
-def draw_when(path, times, course, order, emerged, curves, T):
-    """when.png: s_j of the predicted image over its end, in the order in which prototypes emerge, and the switch.
-
-    course [steps, m]; order [m]; emerged [m], steps; curves: trait -> (t of the switch, share that is B's), or None.
-    """
-    fig = Figure(figsize=(15 if curves else 8, 5.5), layout="constrained")
-    panels = fig.subplots(1, 2 if curves else 1, squeeze=False).flat
-    shown = (course / course[-1].clamp(min=1e-6))[:, order].clamp(0, 1.2).T         # [m, steps]
-    picture = panels[0].imshow(shown, aspect="auto", cmap="viridis", interpolation="nearest")
-    panels[0].plot([emerged[j] - 0.5 for j in order], range(len(order)), color="white", drawstyle="steps-mid")
-    ticks = range(0, len(times), max(1, len(times) // 8))
-    panels[0].set_xticks(list(ticks), [times[i] for i in ticks])
-    panels[0].set_yticks(range(len(order)), order, fontsize=6)
-    panels[0].set(title="prototypes in the order in which they emerge (white: 90 % reached for good)",
-                  xlabel="noise level t of denoising, from noise (left) to image", ylabel="prototype")
-    fig.colorbar(picture, ax=panels[0], label="s_j of the predicted image / at the end")
-    for name, (at, share) in (curves or {}).items():
-        panels[1].plot(at, share, ".-", label=name)
+def draw_when(path, times, course, order, emerged, curves):
+    """when.png: s_j of the predicted image in the order of emerging; and the switch.
+    course [steps, m]; order: prototypes; emerged [m], steps; curves: trait ->
+    (t of the switch, share of images that have B's), if any."""
+    fig = Figure(figsize=(15, 5.5), layout="constrained")
+    left, right = fig.subplots(1, 2)
+    shown = (course / course[-1])[:, order].clamp(max=1.2).T
+    picture = left.imshow(shown, aspect="auto", interpolation="nearest")
+    left.plot(emerged[order] - 0.5, range(len(order)), color="white", drawstyle="steps-mid")
+    ticks = range(0, len(times), 6)
+    left.set_xticks(ticks, [times[i] for i in ticks])
+    left.set_yticks(range(len(order)), order, fontsize=6)
+    left.set(title="prototypes in the order in which they emerge (white: 90 % reached for good)",
+             xlabel="noise level t of denoising, from noise (left) to image", ylabel="prototype")
+    fig.colorbar(picture, ax=left, label="s_j of the predicted image / at the end")
+    for name, (at, share) in curves.items():
+        right.plot(at, share, ".-", label=name)
+    right.set(title="switch: told s of image A until t, then s of B. Whose trait is it in the end?",
+              xlabel="t of the switch (left: B all along, right: A all along)",
+              ylabel="share of images with B's", ylim=(0, 1))
+    right.invert_xaxis()
     if curves:
-        panels[1].invert_xaxis()
-        panels[1].set(title="switch: told s of image A until t, then s of B. Whose trait is it in the end?",
-                      xlabel=f"t of the switch ({T}: B all along, 0: A all along)", ylabel="share of images with B's",
-                      ylim=(0, 1))
-        panels[1].legend(title="trait")
-        panels[1].grid(alpha=0.3)
-    fig.suptitle("When: the course of denoising")
+        right.legend(title="trait")
     fig.savefig(path, dpi=110)
 
+def draw_diagnosis(path, figures, seen, a, b):
+    """diagnosis.png: images as they are and edited, with the judge's view of the traits a and b."""
+    columns = []
+    for values in torch.stack([seen.before, seen.after], 2)[:10].mul(100).round().tolist():
+        columns.append("\n".join(f"{before:.0f}>{after:.0f}" for before, after in values))
+    draw_grid(path, torch.cat([part[:10] for part in seen.images]), ["as it is", "edited"],
+              f"Does '{b}' follow when prototypes {seen.movers} turn '{a}' to its opposite?\n"
+              f"P({a}) moves by {figures['attribute_moved']:.2f}, and P({b}) with it by "
+              f"{figures['watched_moved']:.2f}: leak {figures['leak']:.2f} (95 % "
+              f"{figures['leak_low']:.2f} to {figures['leak_high']:.2f})\n"
+              f"below each image the judge's P({a}) and P({b}) in %", columns, size=0.75)
 
-def draw_diagnosis(path, figures, seen, a, b, n=8):
-    """diagnosis.png: images as they are and edited, with the judge's P(a) and P(b), and the mean changes."""
-    rows = []
-    for images, p in ((seen.before, seen.p_before), (seen.after, seen.p_after)):
-        rows.append([panel(x, text=f"{q[0]:.2f} / {q[1]:.2f}") for x, q in zip(images[:n], p[:n])])
+# ---- Devices and random numbers ------------------------------------------------------------------
 
-    def bars(axes):
-        changes = [figures["change of P(attribute)"], figures["change of P(watched)"]]
-        axes.bar([0, 1], changes, color=["grey", "crimson"])
-        axes.set(xlim=(-0.7, 1.7), ylim=(-0.25, 1), yticks=[0, 0.5, 1])
-        axes.set_xticks([0, 1], [f"P({a})", f"P({b})"], fontsize=6)
-        axes.axhline(0, color="black", linewidth=0.5)
-        axes.set_title("mean change", fontsize="small")
-    rows[0].append(bars)
-    text = (f"Diagnosis: prototypes {', '.join(map(str, figures['moved prototypes']))} moved to the opposite of '{a}'. "
-            f"Does '{b}' follow?\nleak {figures['leak']:.2f} (95 % {figures['leak, 95 % from']:.2f} to "
-            f"{figures['leak, 95 % to']:.2f}); below each image the judge's P({a}) / P({b})")
-    draw_panels(path, rows, text, ["as it is", "edited"], size=1.4)
+def find_device(name):
+    """auto, cuda, cuda:1, mps or cpu -> torch.device, ready. Raises Stop if it is not there."""
+    if name == "auto":
+        found = torch.accelerator.is_available()
+        name = torch.accelerator.current_accelerator().type if found else "cpu"
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    with explained(f"--device {name} is not there: try cpu"):
+        device = torch.zeros(1, device=name).device
+    torch.backends.cudnn.benchmark = True
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if device.type == "cpu":                            # plain products are fastest here
+        torch.backends.cuda.enable_flash_sdp(False)     # the CPU's too, in spite of its name
+        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
+    return device
 
+def placed(net, device):
+    """The network on the device. On a CPU bfloat16 is up to 40 times slower in channels_last."""
+    layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
+    return net.to(device, memory_format=layout)
 
-# --------------------------------------------------------------------------------------------------------------------
-# 9  Main: train | sample | evaluate | explain | edit | diagnose | compare
-# --------------------------------------------------------------------------------------------------------------------
+def amp_dtype(device, amp):
+    """--amp -> torch.bfloat16, float16 or None. auto: bfloat16 where the hardware has it."""
+    if amp == "auto" and device.type == "cuda":         # cards before capability 8 emulate bfloat16
+        amp = "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
+    if amp == "auto" and device.type == "cpu" and torch.cpu._is_avx512_bf16_supported():
+        amp = "bf16"
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp)
+
+def autocast(device, amp):
+    """Mixed precision for the networks."""
+    dtype = amp_dtype(device, amp)
+    return torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None)
+
+def seed_of(*key):
+    """One 32-bit seed from the seed of the run, a purpose in words, and numbers like the step."""
+    return int(hashlib.sha1(repr(key).encode()).hexdigest()[:8], 16)
+
+def random_index(N, n, *key):
+    """Which n of N images a step sees, [n]. choice: with replacement. It follows from the key."""
+    return torch.randint(N, (n,), generator=torch.Generator().manual_seed(seed_of(*key)))
+
+# ---- Files: a run is a folder --------------------------------------------------------------------
+
+def save_safely(content, path):
+    """torch.save by way of a temporary neighbour: a kill leaves the old file or the new one."""
+    temporary = Path(f"{path}.{os.getpid()}.tmp")
+    with explained(f"{path} cannot be written"):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(content, temporary)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+def save_json(content, path):
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+def read_json(path):
+    """The dict in a run's .json file. Raises Stop if there is none."""
+    with explained(f"{path.parent} is not the folder of a run: its {path.name} cannot be read"):
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+
+def cached(path, key, make):
+    """What make() returns, kept in `path` for the next time that the key is the same."""
+    with contextlib.suppress(Exception):                # there is none, or not a whole one
+        saved = torch.load(path, map_location="cpu")
+        if saved["key"] == key:
+            return saved["content"]
+    content = make()
+    try:
+        save_safely(dict(key=key, content=content), path)
+    except Stop as error:
+        progress(f"note: {error}; it will be made again next time", end="\n")
+    return content
 
 def new_folder(wanted):
-    """Make `wanted`, or its first neighbour wanted-2, wanted-3, ... that is empty: nothing is ever written over."""
-    folder, number = Path(wanted), 1
+    """Make `wanted`, or the first empty one of wanted-2, -3, ...: nothing is written over."""
+    folder = Path(wanted)
+    number = 1
     while folder.exists() and any(folder.iterdir()):
         number += 1
         folder = Path(f"{wanted}-{number}")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
+def save_checkpoint(folder, step, known, log, parts):
+    """checkpoint.pt. parts: name -> module, optimiser or scaler."""
+    states = {name: part.state_dict() for name, part in parts.items()}
+    state = dict(script=SCRIPT, step=step, known=known, log=log, **states)
+    save_safely(state, folder / "checkpoint.pt")
 
-def write_config(folder, cfg):
-    """config.json: the settings, but for what to do and where."""
-    kept = [f.name for f in dataclasses.fields(cfg) if not f.metadata.get("once")]
-    save_safely({name: getattr(cfg, name) for name in kept}, folder / "config.json")
+def load_checkpoint(folder):
+    """checkpoint.pt, on the CPU. Raises Stop if it is missing, damaged or of another script."""
+    with explained(f"{folder} has no checkpoint.pt of this script, --resume it first"):
+        state = torch.load(folder / "checkpoint.pt", map_location="cpu")
+        check(state["script"] == SCRIPT, f"it is of {state['script']}.py")
+        return state
 
+def restore(parts, state):
+    """Load the state of each part (name -> module, optimiser, scaler) that has one at this step."""
+    with explained("checkpoint.pt holds another network than config.json beside it describes"):
+        for name, part in parts.items():
+            if state.get(name):
+                part.load_state_dict(state[name])
 
-def machine(device):
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{os.cpu_count()} cores, {platform.machine()}, {device.type}"
+def load_run(folder, device="auto"):
+    """A run: config, model (the average, in eval mode), known, step, log, device, whole state."""
+    folder = Path(folder)
+    device = find_device(device)
+    cfg = Config(**read_json(folder / "config.json"))
+    state = load_checkpoint(folder)
+    model = placed(cfg.build(state["known"]), device).eval().requires_grad_(False)
+    restore(dict(average=model), state)
+    return SimpleNamespace(config=cfg, model=model, device=device, known=state["known"],
+                           step=state["step"], log=state["log"], state=state)
 
-
-def load_sets(cfg, labelled):
-    """(training set, test set); under torchrun the first process downloads alone. labelled: Stop without labels."""
-    if RANK > 0:
-        dist.barrier()
-    sets = [load_dataset(cfg.dataset, split, cfg.image_size, cfg.data_dir) for split in ("train", "test")]
-    if RANK == 0 and WORLD > 1:
-        dist.barrier()
-    if labelled and sets[0].labels is None:
-        raise Stop(f"{cfg.data_dir} is a flat folder, and what you ask for needs classes: use train/<class>/*")
-    if sets[0].images.shape[1] != sets[1].images.shape[1]:
-        raise Stop(f"one of train and test in {cfg.data_dir} is grey throughout, the other is not: convert one of them")
-    return sets
-
-
-def load_sets_patronus(cfg):
-    """(training set, with the planted bias if there is one, held-out set, without)."""
-    if cfg.bias != 0.5 and cfg.dataset != "shapes":
-        raise Stop(f"--bias plants a correlation in shapes alone: leave it out with --dataset {cfg.dataset}")
-    sets = load_sets(cfg, labelled=False)
-    if len(sets[1].images) < 8:
-        raise Stop(f"{cfg.data_dir} leaves {len(sets[1].images)} held-out images, and the pictures show 8: add images")
-    if cfg.bias != 0.5:
-        sets[0] = make_shapes(len(sets[0].images), cfg.image_size, SHAPE_SPLITS["train"][1], cfg.bias)
-    return sets
-
-
-def train_patronus(cfg, folder, sets, device, latent=True):
-    """Train in `folder`, on from its checkpoint if there is one; latent: then the latent model -> model, extra, log."""
-    images, checkpoint = sets[0].images, folder / "checkpoint.pt"
-    extra = dict(shape=list(images.shape[1:]), classes=sets[0].classes, images=len(images))
-    torch.manual_seed(cfg.seed)
-    model = cfg.build(extra)
-    if checkpoint.exists():
-        if load_checkpoint(checkpoint)["extra"] != extra:
-            raise Stop(f"the training images of {folder} have changed since it began: restore them, or start a new run")
-    elif cfg.start == "features":
-        model.begin(images, cfg, device)
-    nothing = torch.zeros(len(images), dtype=torch.int64)     # no label is seen
-    model, log = train(cfg, model, images, nothing, functools.partial(patronus_loss, cfg), folder, extra, device)
-    state = load_checkpoint(checkpoint) if RANK == 0 and latent else {}
-    if state and model.latent.trained_at != state["step"]:
-        start = time.perf_counter()
-        train_latent(model.latent, activations(model, images, device).to(device), cfg, state["step"], device)
-        log["latent seconds"] = time.perf_counter() - start
-        save_safely({**state, "average": model.state_dict(), "log": log}, checkpoint)
-    if RANK == 0 and log["rows"]:
-        draw_curves(folder / "curves.png", log["rows"])
-    return model, extra, log
-
-
-def sample_patronus(cfg, model, extra, folder, device):
-    """Unconditional samples, through the latent model -> uint8 [N, C, H, W], in samples.png and samples.npz.
-
-    samples.npz: arr_0 uint8 [N, H, W, C], what the guided-diffusion evaluator reads; s [N, m], their activations.
-    """
-    s = draw_activations(model.latent, cfg, cfg.num_samples, device)
-    images = to_uint8(render(model, cfg, s, device, shape=extra["shape"]))
-    save_safely(dict(arr_0=images.permute(0, 2, 3, 1).numpy(), s=s.numpy()), folder / "samples.npz")
-    rows = -(-min(len(images), 100) // 10)
-    shown = torch.cat([images[:100], images.new_full((100, *images.shape[1:]), 255)])[:rows * 10]
-    draw_grid(folder / "samples.png", shown, [""] * rows, f"{cfg.dataset}, Patronus, {cfg.steps} steps, unconditional; "
-              f"{cfg.sample_steps} {cfg.sampler} steps, seed {cfg.seed}")
-    return images
-
-
-def watched_traits(cfg, data):
-    """Indices of the traits --attribute and --watch; Stop if the data has none, or not these."""
-    known, names = traits(data)
-    if not names:
-        raise Stop(f"{cfg.dataset} here has no attributes or classes to diagnose")
-    pair = (cfg.attribute or names[0], cfg.watch or names[-1])
-    for name in pair:
-        if name not in names:
-            raise Stop(f"there is no attribute '{name}': choose of {', '.join(names[:40])}")
-        if len(known[:, names.index(name)].unique()) < 2:
-            raise Stop(f"held-out images are all alike in '{name}': give another --attribute or --watch")
-    if pair[0] == pair[1]:
-        raise Stop(f"--attribute and --watch are both '{pair[0]}': give two different ones")
-    return [names.index(name) for name in pair]
-
-
-def diagnose_patronus(cfg, model, judge, data, folder, device):
-    """Diagnosis into diagnosis.png -> dict of figures."""
-    (a, b), names = watched_traits(cfg, data), traits(data)[1]
-    figures, seen = diagnose(model, cfg, judge, data, a, b, device)
-    draw_diagnosis(folder / "diagnosis.png", figures, seen, names[a], names[b])
-    return {"attribute": names[a], "watched": names[b], **figures}
-
-
-def explain_patronus(cfg, model, judge, data, folder, device):
-    """Every ability of the paper as a picture in `folder`, on held-out images. judge: None without traits."""
-    shape, images, s_all = data.images.shape[1:], data.images, activations(model, data.images, device)
-    live, top = prototype_state(s_all)[0], s_all.amax(0)
-    chosen = torch.where(live, s_all.std(0), -1).topk(min(8, int(live.sum()))).indices.tolist()     # the liveliest
-    names, size = [f"prototype {j}" for j in chosen], receptive_field(model.encoder)[1]
-    slopes = {j: company(s_all, [j]) for j in chosen}
-    gen = torch.Generator().manual_seed(seed_of(cfg.seed, 14))
-    some = images[torch.randperm(len(images), generator=gen)[:64]]                  # data may be sorted
-    few = some[:8]
-    s, xT = invert_images(model, cfg, few, device)
-
-    inverted = render(model, cfg, s, device, xT)
-    draw_reconstruction(folder / "reconstruction.png", few, inverted)
-    draw_variations(folder / "variations.png", few[:5], vary(model, cfg, few[:5], 8, device))
-    courses = torch.stack([interpolate(model, cfg, few[[i, i + 1]], device) for i in (0, 2, 4)])
-    draw_interpolation(folder / "interpolation.png", torch.stack([few[[i, i + 1]] for i in (0, 2, 4)]), courses)
-
-    values = [[share * top[j].item() for share in (0, 0.25, 0.5, 0.75, 1, 1.5)] for j in chosen[:6]]
-    courses = torch.stack([move(model, cfg, s[0], xT[0], j, row, device, slopes[j]) for j, row in zip(chosen, values)])
-    draw_extrapolation(folder / "extrapolation.png", few[0], courses, names, values)
-
-    shown = [show_prototype(model, cfg, s, xT, j, top[j].item(), device, slopes[j]) for j in chosen]
-    most = s_all[:, chosen].topk(6, dim=0).indices.T          # [k, 6]
-    real_boxes = torch.stack([best_patches(model, images[row], [j], device)[:, 0] for row, j in zip(most, chosen)])
-    draw_prototypes_seen(folder / "prototypes.png", [x for x, *_ in shown], [box for *_, box in shown], images[most],
-                         real_boxes, size, names)
-
-    rows = torch.stack([set_activations(s[:5], [j], top[[j]], slopes[j]) for j in chosen[:6]], 1)   # [5, k, m]
-    raised = render(model, cfg, rows.flatten(0, 1), device, xT[:5].repeat_interleave(rows.shape[1], 0))
-    raised, before = raised.unflatten(0, rows.shape[:2]), activations(model, inverted[:5], device)
-    boxes = [[best_patches(model, x[None], [j], device)[0, 0] for x, j in zip(row, chosen)] for row in raised]
-    texts = [[f"{before[i, j]:.2g} > {after[j]:.2g}" for after, j in zip(activations(model, row, device), chosen)]
-             for i, row in enumerate(raised)]
-    draw_consistency(folder / "consistency.png", few[:5], raised, boxes, texts, size, names[:6])
-
-    start, size, step = receptive_field(model.encoder)
-    maps = model.maps(scaled(few, torch.arange(5), device)).cpu()[:, chosen[:6]]
-    first = start + (size - step) / 2 - 0.5                   # edges of the middles of the patches
-    extent = (first, first + step * maps.shape[-1], first + step * maps.shape[-1], first)
-    draw_where(folder / "where.png", few[:5], maps, extent, names[:6])
-
-    times, course = emergence(model, cfg, activations(model, some, device), device, shape)
-    present = course[-1] >= course[-1].quantile(0.75, dim=0)  # [64, m]: images that have the pattern
-    emerged = torch.where(present, emerged_at(course).float(), math.nan).nanmedian(0).values
-    mean = (course * present).sum(1) / present.sum(0).clamp(min=1)                  # [steps, m]
-    order = sorted(live.nonzero().flatten().tolist(), key=lambda j: emerged[j].item())
-    curves = switch_curves(cfg, model, judge, data, device) if judge else None
-    draw_when(folder / "when.png", times, mean, order, emerged, curves, cfg.timesteps)
-
-    seen, some_steps = [], dataclasses.replace(cfg, sampler="ddim", sample_steps=9, sample_batch=3, compile=False)
-    render(model, some_steps, s[:3], device, shape=shape, see=lambda t, x, x0: seen.append((t, x.cpu(), x0.cpu())))
-    draw_denoising_seen(folder / "denoising.png", seen, [f"image {i + 1}" for i in range(3)], cfg.timesteps)
-    return {"emerged at t": {j: times[min(int(emerged[j]), len(times) - 1)] for j in order}, "switch": curves}
-
-
-def switch_curves(cfg, model, judge, data, device, pairs=100):
-    """For the first ten traits, over pairs that differ in it: t of the switch, and share of results that have B's."""
-    known, names = traits(data)
-    gen = torch.Generator().manual_seed(seed_of(cfg.seed, 15))
-    a, b = torch.randperm(len(data.images), generator=gen)[:2 * pairs].chunk(2)
-    a, b = a[:len(b)], b[:len(a)]
-    s_a, s_b = (activations(model, data.images[i], device) for i in (a, b))
-    at = [round(share * cfg.timesteps) for share in (0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1)]
-    results = []
-    for t in at:
-        images = to_uint8(switch(model, cfg, s_a, s_b, t, device, data.images.shape[1:]))
-        results.append(judge.probabilities(features_of(judge.embed, images, device)) > 0.5)
-    differ = known[a] != known[b]                             # [pairs, A]
-    shares = torch.stack([((found == known[b]) & differ).sum(0) / differ.sum(0) for found in results])
-    return {name: (at, shares[:, i].tolist()) for i, name in enumerate(names[:10])}
-
-
-def measure_patronus(cfg, model, extra, log, sets, judge, folder, device):
-    """Samples, metrics and the diagnosis of a trained model in `folder`, metrics.json."""
-    clock, n, held_out = time.perf_counter(), cfg.num_samples, sets[1]
-    order = torch.randperm(len(held_out.images), generator=torch.Generator().manual_seed(seed_of(cfg.seed, 16)))
-    order = order[torch.arange(n) % len(order)]               # held-out images to take s from
-    samples = {"unconditional": sample_patronus(cfg, model, extra, folder, device)}
-    s_all = activations(model, held_out.images, device)
-    varied = render(model, cfg, s_all[order], device, shape=extra["shape"])
-    samples["conditional"] = to_uint8(varied)
-    seconds = {"training": log["seconds"], "latent model": log.get("latent seconds", 0),
-               "sampling": time.perf_counter() - clock}
-    few = held_out.images[order[:64]]
-    inverted = reconstruct(model, cfg, few, device)
-    error = (inverted.clamp(-1, 1) - (few.float() / 127.5 - 1)).abs().mean().item()
-    alone, accompanied, pairs = raised_prototypes(model, cfg, s_all, few, device)
-    live, dead, duplicates = prototype_state(s_all)
-    results = {"reconstruction, mean absolute error": error, "raised prototypes that respond": accompanied,
-               "raised prototypes that respond, alone": alone, "raised pairs": pairs,
-               "live prototypes": int(live.sum()), "dead prototypes": dead, "duplicate prototypes": duplicates,
-               "root mean squared correlation of s": decorrelation_loss(s_all).sqrt().item()}
-    known, names = traits(held_out)
-    if judge:
-        def agreement(images, truth):
-            said = judge.probabilities(features_of(judge.embed, images, device)) > 0.5
-            return dict(zip(names, (said == truth).float().mean(0).tolist()))
-        auc, (tad, captured) = logistic_aurocs(s_all, known), disentanglement(s_all, known)
-        results |= {"AUROC of s": dict(zip(names, auc.tolist())), "mean AUROC": auc.nanmean().item(),
-                    "TAD": tad, "traits captured (TAD)": captured,
-                    "agreement, same s and random noise": agreement(samples["conditional"], known[order]),
-                    "agreement, real held-out images": agreement(held_out.images, known)}
-        if cfg.dataset == "shapes":
-            local = [results["AUROC of s"][name] for name in LOCAL_ATTRIBUTES]
-            results["mean AUROC of the local ones"] = sum(local) / len(local)
-        for kind, images in {**samples, "real held-out images": held_out.images}.items():
-            found = moments(features_of(judge.embed, images, device))
-            results[f"Frechet distance (not FID), {kind}"] = frechet_distance(*found, *judge.real)
-        results["diagnosis"] = diagnose_patronus(cfg, model, judge, held_out, folder, device)
-    for kind, images in samples.items():
-        results[f"inception, {kind}"] = inception_metrics(cfg, images, sets[0].images, device)
-    about = dict(settings=vars(cfg), training_images=len(sets[0].images), machine=machine(device),
-                 torch=torch.__version__, seconds=seconds, results=results)
-    save_safely(about, folder / "metrics.json")
-    print(f"{n} samples, {cfg.sample_steps} {cfg.sampler} steps, seed {cfg.seed}; seconds: "
-          f"{', '.join(f'{k} {v:.0f}' for k, v in seconds.items())} ({about['machine']})")
-    for name, value in results.items():
-        for part, number in (value.items() if isinstance(value, dict) else [("", value)]):
-            text = f"{number:,.4g}" if isinstance(number, float) else str(number)
-            print(f"  {name + (': ' if part else '') + part:66} {text}")
-
-
-LOCAL_ATTRIBUTES = ("warm hue", "bright background", "dot")   # of shapes: one patch tells
-
-
-def edit_patronus(cfg, made, device):
-    """--edit: an image with some activations set -> edit.png, and the image itself."""
-    changes = {}
-    for word in cfg.set.split(",") if cfg.set else []:
-        j, _, value = word.partition("=")
-        if not j.strip().isdecimal() or int(j) >= cfg.num_prototypes:
-            raise Stop(f"--set {word} names no prototype: give 0 to {cfg.num_prototypes - 1}, like 12=2.5")
-        try:
-            changes[int(j)] = float(value)
-        except ValueError:
-            raise Stop(f"--set {word} gives no number: give like 12=2.5") from None
-    if not changes or not all(math.isfinite(v) for v in changes.values()):
-        raise Stop("--set says which activations to change, and to what: like --set 12=2.5,40=0")
-    image = torch.from_numpy(decode(Path(cfg.edit), cfg.image_size)).permute(2, 0, 1)[None]
-    image = image if made.extra["shape"][0] == 3 else image.float().mean(1, keepdim=True).to(torch.uint8)
-    s, xT = invert_images(made.model, cfg, image, device)
-    asked = s.clone()
-    for j, value in changes.items():
-        asked[0, j] = value
-    plain, edited = render(made.model, cfg, torch.cat([s, asked]), device, xT.repeat(2, 1, 1, 1))
-    after = activations(made.model, torch.stack([plain, edited]), device)
-    folder = new_folder(cfg.out or Path(cfg.model, "edit"))
-    told = [f"s_{j}: {s[0, j]:.2f}, asked {value:.2f}, now {after[1, j]:.2f}" for j, value in changes.items()]
-    draw_panels(folder / "edit.png", [[panel(image[0]), panel(plain), panel(edited)]], "; ".join(told),
-                columns=["the image", "reconstruction", "edited"], size=2)
-    Image.fromarray(to_uint8(edited).expand(3, -1, -1).permute(1, 2, 0).numpy()).save(folder / "edited.png")
-    progress("\n".join([*told, f"{folder}"]), end=True)
-
-
-def compare_patronus(cfg, folder, device):
-    """Three seeds without bias, with it, with the penalty against it: leaks -> comparison.json, .png, a table."""
-    planted, penalty = (cfg.bias if cfg.bias != 0.5 else 0.95), cfg.decorrelation or 0.002
-    variants = {"unbiased": dict(bias=0.5, decorrelation=0.0),
-                f"bias {planted:g}": dict(bias=planted, decorrelation=0.0),
-                f"bias {planted:g}, decorrelated": dict(bias=planted, decorrelation=penalty)}
-    judge, rows = None, {name: [] for name in variants}
-    for seed in range(cfg.seed, cfg.seed + 3):
-        for name, changes in variants.items():
-            one = dataclasses.replace(cfg, compare=False, seed=seed, **changes)
-            part = folder / f"{name.replace(' ', '-').replace(',', '')}-seed-{seed}"
-            part.mkdir(exist_ok=True)
-            write_config(part, one)
-            sets = load_sets_patronus(one)
-            judge = judge or train_attribute_judge(cfg, sets[0], device)
-            model, _, log = train_patronus(one, part, sets, device, latent=False)
-            found = diagnose_patronus(one, model, judge, sets[1], part, device)
-            rows[name].append({"seed": seed, "seconds": log["seconds"], **found})
-            progress(f"{name}, seed {seed}: leak {found['leak']:.3f}", end=True)
-    first = rows["unbiased"]
-    table = {name: {"leak, mean": float(np.mean([r["leak"] for r in found])),
-                    "difference from unbiased": mean_interval([r["leak"] - u["leak"] for r, u in zip(found, first)])}
-             for name, found in rows.items()}
-    save_safely({"settings": vars(cfg), "machine": machine(device), "torch": torch.__version__, "runs": rows,
-                 "table": table}, folder / "comparison.json")
-    title = (f"does '{first[0]['attribute']}' drag '{first[0]['watched']}' along? {cfg.dataset}, {cfg.steps} steps of "
-             f"{cfg.batch_size}, seeds {cfg.seed} to {cfg.seed + 2}")
-    draw_leaks(folder / "comparison.png", rows, title)
-    row = "{:26}{:>24}{:>9}{:>34}{:>14}".format
-    print(f"\n{title}\n" + row("", "leak by seed", "mean", "over unbiased (95 % of a t-interval)", "attribute moved"))
-    for name, found in rows.items():
-        difference, low, high = table[name]["difference from unbiased"]
-        print(row(name, " ".join(f"{r['leak']:.3f}" for r in found), f"{table[name]['leak, mean']:.3f}",
-                  f"{difference:.3f} ({low:.3f} to {high:.3f})" if name != "unbiased" else "",
-                  f"{np.mean([r['change of P(attribute)'] for r in found]):.2f}"))
-
-
-def mean_interval(values):
-    """Mean of three paired differences, and its 95 % interval by Student's t with two degrees of freedom (4.303)."""
-    half = 4.303 * np.std(values, ddof=1) / math.sqrt(3)
-    return [float(np.mean(values)), float(np.mean(values) - half), float(np.mean(values) + half)]
-
-
-def draw_leaks(path, rows, title):
-    """comparison.png: the leak of every run, a column a variant, a colour a seed."""
-    fig = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = fig.subplots()
-    for i, found in enumerate(rows.values()):
-        for r in found:
-            low, high = max(0, r["leak"] - r["leak, 95 % from"]), max(0, r["leak, 95 % to"] - r["leak"])
-            axes.errorbar(i + 0.1 * (r["seed"] - found[1]["seed"]), r["leak"], [[low], [high]], fmt="o",
-                          color=COLOURS[2 * (r["seed"] % 10)], label=f"seed {r['seed']}" if i == 0 else None)
-    axes.axhline(0, color="black", linewidth=0.5)
-    axes.set_xticks(range(len(rows)), rows)
-    axes.set(title=title, ylabel="leak: change of P(watched) per change of P(attribute)")
-    axes.title.set_fontsize("medium")
-    axes.legend()
-    fig.savefig(path, dpi=110)
-
-
-def run_patronus(cfg):
-    """Do what the settings ask for."""
-    if cfg.invert_steps > cfg.timesteps:
-        raise Stop(f"--invert-steps {cfg.invert_steps} cannot be more than --timesteps {cfg.timesteps}")
-    if bool(cfg.edit) != bool(cfg.model) or cfg.set and not cfg.edit:
-        raise Stop("--edit image.png, --model runs/NAME and --set 12=2.5 belong together")
-    device = find_device(cfg.device)
-    choose_backends(device)
-    earlier = cfg.sample or cfg.evaluate or cfg.explain or cfg.diagnose or cfg.model
-    if earlier:
-        made = load_run(earlier, cfg.device)
-        cfg.steps = made.step                                 # so far
-        if made.model.latent.trained_at < 0 and (cfg.sample or cfg.evaluate):
-            raise Stop(f"{earlier} has not ended, and cannot draw activations yet: --resume it first")
-        if cfg.edit:
-            return edit_patronus(cfg, made, device)
-        what = "evaluation" if cfg.evaluate else "explanation" if cfg.explain else "diagnosis"
-        if cfg.sample:
-            folder = new_folder(cfg.out or Path(earlier, "samples"))
-            sample_patronus(cfg, made.model, made.extra, folder, device)
-            return progress(f"{cfg.num_samples} samples in {folder}", end=True)
-        sets = load_sets_patronus(cfg)
-        if cfg.diagnose or cfg.evaluate and traits(sets[1])[1]:
-            watched_traits(cfg, sets[1])
-        judge = train_attribute_judge(cfg, sets[0], device) if traits(sets[0])[1] else None
-        folder = new_folder(cfg.out or Path(earlier, what))
-        if cfg.evaluate:
-            measure_patronus(cfg, made.model, made.extra, made.log, sets, judge, folder, device)
-        elif cfg.explain:
-            save_safely(explain_patronus(cfg, made.model, judge, sets[1], folder, device), folder / "explanation.json")
-        else:
-            found = diagnose_patronus(cfg, made.model, judge, sets[1], folder, device)
-            save_safely(found, folder / "diagnosis.json")
-            print("\n".join(f"  {name:26} {value:.3f}" if isinstance(value, float) else f"  {name:26} {value}"
-                            for name, value in found.items()))
-        return progress(f"{what} in {folder}", end=True)
-    if cfg.compare and cfg.dataset != "shapes":
-        raise Stop("--compare plants a correlation, which only shapes can: leave out --dataset")
+def mean_losses(history):
+    """Means of losses, dicts of scalars, over steps and processes -> dict. Waits for the device."""
+    means = torch.stack([torch.stack([*losses.values()]).detach() for losses in history]).mean(0)
     if WORLD > 1:
-        patience = datetime.timedelta(hours=2)                # the others wait while the first downloads and decodes
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
-    sets = load_sets_patronus(cfg)                            # faults of the data show before a folder is made
-    if traits(sets[1])[1]:
-        watched_traits(cfg, sets[1])
+        dist.all_reduce(means)
+    return dict(zip(history[0], (means / WORLD).tolist()))
+
+def write_csv(path, rows):
+    """Rows (dicts) as a CSV file; its header has all their keys; what a row lacks stays empty."""
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, dict.fromkeys(name for row in rows for name in row))
+        writer.writeheader()
+        writer.writerows(rows)
+
+def progress(text, end="\r"):
+    """A line, which the next one overwrites if it ends with a return: those only on a terminal."""
+    if RANK == 0 and (end == "\n" or sys.stdout.isatty()):
+        print(f"{text:79}", end=end, flush=True)
+
+@contextlib.contextmanager
+def interruptible():
+    """Yields a list that Ctrl-C fills, so that a step can end first; Ctrl-C twice stops at once."""
+    interrupts = []
+    def note(*_):
+        interrupts.append(True)
+        signal.signal(signal.SIGINT, before)
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield interrupts
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+# ---- Tasks: train, sample, explain, evaluate, diagnose, edit, compare ----------------------------
+
+def new_run(cfg, sets, folder, device):
+    """All that comes before training: config.json, and the checkpoint of step 0.
+    known: shape and classes of the images, their fingerprint, seconds that this took, and what
+    model.begin(cfg, sets, folder, device) returns: targets [N], figures, and what the method
+    needs."""
+    start = time.perf_counter()
+    save_json(vars(cfg), folder / "config.json")
+    images = sets[0].images
+    known = dict(shape=images.shape[1:], classes=sets[0].classes, images=fingerprint(images))
+    torch.manual_seed(cfg.seed)                         # the same network whatever the prototypes
+    model = cfg.build(known)
+    known.update(model.begin(cfg, sets, folder, device))
+    known["seconds"] = time.perf_counter() - start
+    log = dict(rows=[], seconds=0.0)
+    save_checkpoint(folder, 0, known, log, dict(model=model, average=model))
+
+def train_run(cfg, given, device, load=load_sets):
+    """Start or go on with a run, alone or as one of torchrun's processes -> folder, data sets."""
+    if WORLD > 1:                                       # the others wait while the first decodes
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))
     if RANK == 0:
-        kind = "-compare" if cfg.compare else f"-bias-{cfg.bias:g}" if cfg.bias != 0.5 else ""
-        name = f"runs/{SCRIPT}-{cfg.dataset}{kind}"
-        cfg.out = cfg.resume or str(new_folder(cfg.out or name))
-        write_config(Path(cfg.out), cfg)
+        sets = load(cfg)                                # faults show before a folder is made
+        given.folder = given.task[1] or new_folder(given.out or f"runs/{SCRIPT}-{cfg.dataset}")
+        progress(f"{given.folder}: {len(sets[0].images)} training images, {device}", "\n")
+        if not (given.folder / "checkpoint.pt").exists():
+            new_run(cfg, sets, given.folder, device)
     if WORLD > 1:
-        names = [cfg.out]
-        dist.broadcast_object_list(names)
-        cfg.out = names[0]
-    progress(f"{cfg.out}: {cfg.dataset}, {machine(device)}", end=True)
-    folder = Path(cfg.out)
-    if cfg.compare:
-        compare_patronus(cfg, folder, device)
-    else:
-        model, extra, log = train_patronus(cfg, folder, sets, device)
-        if RANK == 0:
-            judge = train_attribute_judge(cfg, sets[0], device) if traits(sets[0])[1] else None
-            explain_patronus(cfg, model, judge, sets[1], folder, device)
-            measure_patronus(cfg, model, extra, log, sets, judge, folder, device)
-            print(f"{folder}; more samples: python {SCRIPT}.py --sample {folder}")
+        shared = [given.folder]
+        dist.broadcast_object_list(shared)
+        given.folder = shared[0]
+    if RANK > 0:
+        sets = load(cfg)
+    train(cfg, sets, given.folder, device)
     if WORLD > 1:
         dist.destroy_process_group()
+    return given.folder, sets
 
+def finish_run(cfg, sets, folder):
+    """Trains the latent model of a run that has come to its end, unless that is done -> load_run's.
+    It follows from the seed and the step alone, so a kill in between changes nothing."""
+    run = load_run(folder, cfg.device)
+    if run.known.get("latent_step") != run.step:
+        start = time.perf_counter()
+        s = activations(run, sets[0].images)
+        run.model.latent = train_latent(s, cfg, run.device)
+        run.known["latent_step"] = run.step
+        run.known["figures"]["seconds_latent"] = time.perf_counter() - start
+        state = load_checkpoint(folder)
+        state.update(known=run.known, average=run.model.state_dict())
+        save_safely(state, folder / "checkpoint.pt")
+    return run
 
-def main(argv=None):
-    """The command line. Returns the exit status: 0; 2 for what one sentence explains; 130 after Ctrl-C."""
-    cfg = None
+def sample_unconditional(cfg, run, folder):
+    """Samples through the latent model -> uint8 [N, C, H, W], in samples.png and samples.npz.
+    samples.npz: arr_0 uint8 [N, H, W, C], what the guided-diffusion evaluator reads; s [N, m]."""
+    check(run.known.get("latent_step") == run.step, "the run has not ended, and cannot draw "
+          "activations yet: --resume it first")
+    s = draw_activations(cfg, run, cfg.num_samples)
+    images = render(cfg, run, s)
+    np.savez(folder / "samples.npz", arr_0=images.permute(0, 2, 3, 1), s=s)
+    rows = [""] * min(10, math.ceil(len(images) / 10))
+    draw_grid(folder / "samples.png", images[:100], rows, f"{cfg.dataset}, unconditional, after "
+              f"{run.step} steps; {cfg.sample_steps} {cfg.sampler} steps, seed {cfg.seed}")
+    return images
+
+def explain(cfg, run, sets, folder):
+    """The abilities of the paper as pictures in `folder`, on held-out images."""
+    images = sets[1].images
+    s_all = activations(run, images)
+    live, _ = prototype_state(s_all)
+    chosen = torch.where(live, s_all.std(0), -1).topk(min(8, live.sum())).indices.tolist()
+    names = [f"no. {j}" for j in chosen]
+    some = images[shuffled(len(images), 64, cfg.seed, "pictures")]
+    few = some[:8]
+
+    def draw(name, rows, row_names, title, columns=()):
+        draw_grid(folder / f"{name}.png", torch.cat(rows), row_names, title, columns)
+    draw("reconstruction", [few, reconstruct(cfg, run, few)], ["real", "reconstruction"],
+         "Reconstruction: from the activations s and inverted noise")
+    draw("variations", [few, *vary(cfg, run, few, 8).split(8)], ["real", *["same s"] * 8],
+         "Variations: the same s, other noise. What stays is what s knows")
+    draw("interpolation", [interpolate(cfg, run, pair) for pair in few.split(2)], [""] * 4,
+         "Interpolation: from one image to another, linear in s, spherical in the noise")
+    top = s_all.amax(0)
+    share = torch.tensor([0, 0.25, 0.5, 0.75, 1, 1.5])
+    courses = [move(cfg, run, few[:1], j, share * top[j], s_all) for j in chosen]
+    draw("extrapolation", courses, names, "Extrapolation: s_j from 0 past its largest on real "
+         "images (1)", share.tolist())
+
+    raised, again = raise_prototypes(cfg, run, few, chosen, s_all)
+    rows = []
+    for i, j in enumerate(chosen, 1):
+        best = raised[i, again[i, :, j].argmax()]
+        real = images[s_all[:, j].topk(6).indices]
+        rows.append(framed(run, torch.stack([best, *real]), [j] * 7))
+    draw("prototypes", rows, names, "What: an image with s_j raised, and the real patches that "
+         "activate prototype j most", ["raised", *["real"] * 6])
+    counts = [f"no. {j}: {n}/8" for j, n in zip(chosen, responses(again, chosen).sum(1).tolist())]
+    draw("consistency", [*raised], ["unedited", *counts], "Consistency: does raising a prototype "
+         "do the same to every image? (in how many s_j, encoded again, is larger)")
+    maps = features_of(run.model.maps, few, run.device) / top[:, None, None]
+    draw("where", [few, *(heat_maps(run, few, maps[:, j]) for j in chosen)], ["real", *names],
+         "Where: the activation by each patch, black 0, white the largest on real images")
+    explain_when(cfg, run, sets, some, folder)
+
+def explain_when(cfg, run, sets, images, folder):
+    """When prototypes emerge: denoising.png, when.png and explanation.json."""
+    times, predicted = emergence(cfg, run, activations(run, images))
+    steps = torch.linspace(0, len(times) - 1, 9).long()
+    tiles = predicted[steps, :4].transpose(0, 1).flatten(0, 1)
+    draw_grid(folder / "denoising.png", tiles, [""] * 4, "Denoising: images predicted at level t",
+              [f"t={times[i]}" for i in steps])
+    course = torch.stack([activations(run, step) for step in predicted])    # [steps, N, m]
+    present = course[-1] >= course[-1].quantile(0.75, dim=0)                # they have the pattern
+    course = (course * present).sum(1) / present.sum(0)                     # [steps, m]
+    emerged = emerged_at(course)
+    live, _ = prototype_state(activations(run, sets[1].images))
+    order = [j for j in emerged.argsort().tolist() if live[j]]
+    curves = switch_curves(cfg, run, sets)
+    draw_when(folder / "when.png", times, course, order, emerged, curves)
+    at = {j: times[min(emerged[j], len(times) - 1)] for j in order}
+    save_json(dict(emerged_at_t=at, switch=curves), folder / "explanation.json")
+
+def switch_curves(cfg, run, sets, pairs=100):
+    """For ten traits, over pairs A, B that differ in it: t of the switch, share of B's."""
+    known, names = traits(sets[1])
+    if not names:
+        return {}
+    judge = load_trait_judge(cfg, sets[0], run.device)
+    n = min(pairs, len(known) // 2)
+    a, b = shuffled(len(known), 2 * n, cfg.seed, "switch").chunk(2)
+    s = activations(run, sets[1].images)
+    differ = known[a] != known[b]                                           # [pairs, A]
+    at = [round(i / 10 * cfg.timesteps) for i in range(11)]
+    shares = []
+    for t in at:
+        P, _ = judge_traits(judge, switch(cfg, run, s[a], s[b], t), run.device)
+        right = ((P > 0.5) == known[b]) & differ
+        shares.append(right.sum(0) / differ.sum(0))
+    return {name: (at, share) for name, share in zip(names[:10], torch.stack(shares).T.tolist())}
+
+def named(word, names, values):
+    """A figure for each trait, with keys like kept_warm_hue."""
+    return {f"{word}_{name}".replace(" ", "_"): x for name, x in zip(names, values.tolist())}
+
+def kept_traits(judge, images, known, names, device):
+    """Figures of images that should have traits known [N, A]: how often they do, and Frechet."""
+    P, frechet = judge_traits(judge, images, device)
+    return dict(frechet=frechet, **named("kept", names, ((P > 0.5) == known).float().mean(0)))
+
+def measure_traits(cfg, run, sets, folder=None):
+    """Images told s of held-out ones, and the diagnosis (to `folder`) -> figures, the images.
+    Without traits there are no figures."""
+    data = sets[1]
+    known, names = traits(data)
+    index = shuffled(len(data.images), cfg.num_samples, cfg.seed, "held-out images")
+    told = vary(cfg, run, data.images[index], 1)
+    if not names:
+        return {}, told
+    judge = load_trait_judge(cfg, sets[0], run.device)
+    figures, seen = diagnose(cfg, run, judge, data)
+    if folder:
+        a, b = watched_traits(cfg, data)
+        draw_diagnosis(folder / "diagnosis.png", figures, seen, names[a], names[b])
+    return {**kept_traits(judge, told, known[index], names, run.device), **figures}, told
+
+def prototype_figures(cfg, run, images):
+    """What there is to measure without traits, on held-out images."""
+    s_all = activations(run, images)
+    live, dead = prototype_state(s_all)
+    some = images[shuffled(len(images), 64, cfg.seed, "pictures")]
+    error = (reconstruct(cfg, run, some).float() - some.float()).abs().mean() / 127.5
+    return dict(reconstruction_error=error.item(), live=int(live.sum()), dead=int(dead.sum()),
+                duplicates=int((~live & ~dead).sum()),
+                correlation=decorrelation_loss(s_all).sqrt().item(),
+                raised=raised_share(cfg, run, s_all, some, True),
+                raised_alone=raised_share(cfg, run, s_all, some, False))
+
+def evaluate_patronus(cfg, run, sets, folder):
+    """Samples, the diagnosis and metrics.json of a finished run, in `folder`."""
+    data = sets[1]
+    start = time.perf_counter()
+    samples = sample_unconditional(cfg, run, folder)
+    seconds = time.perf_counter() - start
+    figures, told = measure_traits(cfg, run, sets, folder)
+    figures.update(prototype_figures(cfg, run, data.images), seconds_sampling=seconds,
+                   **inception_metrics(cfg, told, sets[0].images, run.device))
+    drawn = inception_metrics(cfg, samples, sets[0].images, run.device)
+    known, names = traits(data)
+    if names:
+        judge = load_trait_judge(cfg, sets[0], run.device)
+        real = kept_traits(judge, data.images, known, names, run.device)
+        real = {f"real_{name}": x for name, x in real.items()}
+        drawn["frechet"] = judge_traits(judge, samples, run.device)[1]
+        s = activations(run, data.images)
+        auc = logistic_aurocs(s, known)
+        tad, captured = disentanglement(s, known)
+        figures.update(**real, **named("auroc", names, auc), auroc=auc.nanmean().item(), tad=tad,
+                       tad_traits=captured)
+    figures.update({f"unconditional_{name}": x for name, x in drawn.items()})
+    write_metrics(cfg, run, figures, folder)
+
+def edit_image(cfg, run, given, folder):
+    """--edit: an image with some activations set -> edit.png, and edited.png alone."""
+    with explained(f"--set: give, like 12=2.5,40=0, prototypes 0 to {cfg.num_prototypes - 1}"):
+        pairs = [word.split("=") for word in given.set.split(",")]
+        chosen = [range(cfg.num_prototypes).index(int(j)) for j, _ in pairs]
+        values = torch.tensor([[float(value) for _, value in pairs]])
+        check(values.isfinite().all(), "a value is not a number")
+    image = decode(Path(given.edit), cfg.image_size)[None, :run.known["shape"][0]]
+    s, xT = invert_images(cfg, run, image)
+    wanted = set_activations(s, chosen, values)
+    images = render(cfg, run, torch.cat([s, wanted]), xT.repeat(2, 1, 1, 1))
+    now = activations(run, images)[1]
+    told = "\n".join(f"s_{j}: {s[0, j]:.2f}, set to {x:.2f}, now {now[j]:.2f}"
+                     for j, x in zip(chosen, values[0]))
+    rows = ["the image", "reconstruction", "edited"]
+    draw_grid(folder / "edit.png", torch.cat([image, images]), rows, told)
+    torchvision.utils.save_image(images[1] / 255, folder / "edited.png")
+    print(f"{told}\n{folder}")
+
+def write_metrics(cfg, run, figures, folder):
+    """metrics.json: figures, also printed, with settings, machine and log; and curves.png."""
+    machine = f"{os.cpu_count()} CPU cores"
+    if run.device.type == "cuda":
+        machine = torch.cuda.get_device_name(run.device)
+    figures.update(run.known["figures"], seconds_before=run.known["seconds"],
+                   seconds_training=run.log["seconds"],
+                   parameters=sum(p.numel() for p in run.model.parameters()))
+    metrics = dict(script=SCRIPT, step=run.step, machine=machine, torch=torch.__version__,
+                   classes=run.known["classes"], settings=vars(cfg), log=run.log["rows"], **figures)
+    save_json(metrics, folder / "metrics.json")
+    if run.log["rows"]:
+        names = [name for name in run.log["rows"][-1] if name not in ("step", "seconds")]
+        draw_curves(folder / "curves.png", {folder.name: [metrics]}, names)
+    for name, value in figures.items():
+        print(f"  {name:40} {value:,.4g}")
+    print(f"{folder}: {cfg.num_samples} samples, on {machine}; frechet is no FID")
+
+# Student's t at 97.5 % for 1 to 9 degrees of freedom; the last serves for more, on the safe side.
+T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+
+def mean_interval(values):
+    """Mean of n values, and half its 95 % interval by Student's t; NaN for one value."""
+    n = len(values)
+    if n == 1:
+        return values[0], math.nan
+    return np.mean(values), T_95[min(n - 2, 8)] * np.std(values, ddof=1) / math.sqrt(n)
+
+def compare(folders, out):
+    """Finished runs: a table of all figures, printed and in comparison.csv; and comparison.png.
+    Runs that differ only in their seed are a group, named by the settings in which groups
+    differ."""
+    runs = []
+    for folder in folders:
+        run = read_json(Path(folder, "metrics.json"))
+        trained = run.get("script") == SCRIPT and run["log"]
+        check(trained, f"{folder} is not a trained run of this version of {SCRIPT}.py")
+        runs.append(run)
+    differ = [name for name, value in runs[0]["settings"].items()
+              if name not in ("seed", "data_dir", "device", "save_every", "eval_every")
+              and any(run["settings"].get(name) != value for run in runs)]
+    groups = {}
+    for run in runs:
+        group = ", ".join(f"{name} {run['settings'].get(name)}" for name in differ)
+        groups.setdefault(group or "all runs", []).append(run)
+    table = []
+    for figure in dict.fromkeys(name for run in runs for name in run
+                                if isinstance(run[name], (int, float))):
+        for group, members in groups.items():
+            mean, half = mean_interval([run.get(figure, math.nan) for run in members])
+            table.append(dict(figure=figure, group=group, runs=len(members), mean=mean, half=half))
+            print(f"{figure:20} {group:40} {mean:12,.5g} +- {half:.2g} ({len(members)})")
+    folder = new_folder(out or "runs/comparison")
+    write_csv(folder / "comparison.csv", table)
+    measured = [name for name in runs[0]["log"][-1] if name in runs[0] and name != "step"]
+    draw_curves(folder / "comparison.png", groups, ["loss", *measured])
+    print(f"{folder}: mean, half of the 95 % interval, and number of runs")
+
+# ---- Command line --------------------------------------------------------------------------------
+
+def settings_parser(*tasks):
+    """A parser with a flag for every setting, and for tasks, each with an earlier run's folder."""
+    helps = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(Config), re.MULTILINE))
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    for f in dataclasses.fields(Config):
+        options = dict(type=type(f.default), choices=get_args(f.type) or None)
+        if f.type is bool:
+            options = dict(action=argparse.BooleanOptionalAction)
+        parser.add_argument(f"--{f.name.replace('_', '-')}", default=argparse.SUPPRESS,
+                            help=f"{helps.get(f.name)} [{f.default}]", **options)
+    parser.add_argument("--out", help="folder for what is made; nothing is written over")
+    group = parser.add_mutually_exclusive_group()
+    for task in tasks:
+        group.add_argument(f"--{task}", dest="task", metavar="RUN", help=f"{task} an earlier run",
+                           type=lambda folder, task=task: (task, Path(folder)))
+    group.add_argument("--compare", metavar="RUN", nargs="+", help="a table of finished runs")
+    parser.set_defaults(task=("train", None), folder=None)
+    return parser
+
+def read_settings(given):
+    """Defaults, the data set's preset, an earlier run's settings, the flags, each over the former.
+    Raises Stop for impossible values. Whole numbers with a default above 0 must be at least 1."""
+    defaults = vars(Config())
+    names = [*defaults]
+    flags = {name: value for name, value in vars(given).items() if name in defaults}
+    task, earlier = given.task
+    check(WORLD == 1 or task in ("train", "resume"), f"--{task} works in one process")
+    saved = read_json(earlier / "config.json") if earlier else {}
+    with explained(f"{earlier} is of another version of this script"):
+        preset = Config.PRESETS[{**defaults, **saved, **flags}["dataset"]]
+        cfg = Config(**{**preset, **saved, **flags})
+    for name, value in vars(cfg).items():
+        flag = f"--{name.replace('_', '-')} {value}"
+        if not isinstance(value, str):
+            least = min(1, defaults[name]) if type(value) is int and name != "attention" else 0
+            check(value >= least, f"{flag} must be at least {least}")
+        if saved and names.index(name) < names.index("steps") and name != "data_dir":
+            check(value == saved[name], f"{flag}: the run has {saved[name]}, start a new one")
+    check(re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", cfg.multipliers) and cfg.channels % 4 == 0
+          and cfg.image_size % 2 ** cfg.multipliers.count(",") == 0, "give --multipliers like "
+          "1,2,2,2, --image-size divisible by 2 at every comma, --channels divisible by 4")
+    check(cfg.batch_size % (WORLD * cfg.accumulate) == 0,
+          "--batch-size does not divide by the processes times the passes (--accumulate)")
+    alpha_bars(cfg.timesteps)                           # raises Stop if they are too few
+    check(cfg.sample_steps <= cfg.timesteps, "--sample-steps cannot be more than --timesteps")
+    for name in ("dropout", "warmup", "null_prob", "hide", "bias", "emphasis"):
+        check(getattr(cfg, name, 0) <= 1, f"--{name.replace('_', '-')} cannot be more than 1")
+    return cfg
+
+def exit_status(task, given):
+    """Run task(given) -> 0; 2 after one sentence for what a person can put right; 130: Ctrl-C."""
     try:
-        cfg = parse_config(argv)
-        run_patronus(cfg)
+        task(given)
         return 0
     except KeyboardInterrupt:
-        training = cfg and cfg.out and Path(cfg.out, "config.json").exists()
-        advice = f'; go on with: python {SCRIPT}.py --resume "{cfg.out}"' if training else ""
+        advice = f"; go on with --resume {given.folder}" if given.folder else ""
         print(f"\ninterrupted{advice}", file=sys.stderr)
         return 130
-    except Stop as error:
-        print(f"\n{SCRIPT}: {error}", file=sys.stderr)
-    except OSError as error:
-        print(f"\n{SCRIPT}: {error.filename or 'a file'} cannot be read or written ({error.strerror or error}): check "
-              "the name, the permissions and the space that is left, or choose another --out", file=sys.stderr)
+    except (Stop, OSError) as error:
+        fault = error
     except (RuntimeError, MemoryError) as error:
-        said = ("out of memory", "not enough memory", "allocate memory")            # CUDA and MPS; CPUs
-        if not isinstance(error, MemoryError) and not any(words in str(error) for words in said):
+        if "allocate" not in str(error):
             raise
-        print(f"\n{SCRIPT}: memory ran out: lower --batch-size, --sample-batch or raise --accumulate", file=sys.stderr)
+        fault = "memory ran out: lower --batch-size, --sample-batch or raise --accumulate"
+    print(f"\n{SCRIPT}: {fault}", file=sys.stderr)
     return 2
 
+def patronus(given):
+    """Do what the command line asks for."""
+    if given.compare:
+        return compare(given.compare, given.out)
+    cfg = read_settings(given)
+    check(cfg.image_size >= 16 and cfg.num_prototypes >= 6 and cfg.invert_steps <= cfg.timesteps,
+          "--image-size must be 16 or more, --num-prototypes 6, --invert-steps at most --timesteps")
+    check(cfg.latent_timesteps >= 21 and cfg.latent_width % 2 == 0,
+          "--latent-timesteps must be 21 or more, and --latent-width even")
+    task, folder = given.task
+    check((task == "model") == bool(given.edit),
+          "--edit image.png, --model runs/NAME and --set 12=2.5 belong together")
+    if task in ("train", "resume"):
+        folder, sets = train_run(cfg, given, find_device(cfg.device), load_traits)
+        if RANK == 0:
+            run = finish_run(cfg, sets, folder)
+            explain(cfg, run, sets, folder)
+            evaluate_patronus(cfg, run, sets, folder)
+        return
+    run = load_run(folder, cfg.device)
+    out = new_folder(given.out or folder / task.replace("model", "edit"))
+    if task == "model":
+        return edit_image(cfg, run, given, out)
+    if task == "sample":
+        return sample_unconditional(cfg, run, out)
+    sets = load_traits(cfg)
+    if task == "explain":
+        explain(cfg, run, sets, out)
+    elif task == "evaluate":
+        evaluate_patronus(cfg, run, sets, out)
+    else:
+        watched_traits(cfg, sets[1])
+        write_metrics(cfg, run, measure_traits(cfg, run, sets, out)[0], out)
+
+def main(argv=None):
+    """The command line. Returns the exit status, see exit_status."""
+    parser = settings_parser("resume", "sample", "evaluate", "explain", "diagnose", "model")
+    parser.add_argument("--edit", metavar="IMAGE", help="image to edit by the run --model")
+    parser.add_argument("--set", default="", help="--edit: activations to set, like 12=2.5,40=0")
+    return exit_status(patronus, parser.parse_args(argv))
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -21,115 +21,66 @@ ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = [ROOT / f"{name}.py" for name in ("protodiffusion", "pdm", "patronus") if (ROOT / f"{name}.py").exists()]
 COPIED = ("protodiffusion.py", "pdm.py", "patronus.py", "tutorial.ipynb", "README.md", "LICENSE", "requirements.txt",
           "pytest.ini", ".gitignore", "assets/*.png", "tests/*.py")
-MARK, TAKEN_OUT = "# exercise", "handout.json"
 
 # Name: what to look at when a test fails, and the tests that judge it, which need no other exercise unless it says so.
 EXERCISES = {
-    # all scripts
-    "add_noise": (
-        "sqrt(abar) weighs the image and sqrt(1 - abar) the noise; every image has its own t: abar[t] is [B], images "
-        "are [B, C, H, W]",
+    "add_noise": ("sqrt(abar) weighs the image, sqrt(1 - abar) the noise; each image has its own t: abar[t] is [B]",
         "test_noised_images_have_the_mean_and_spread_of_the_forward_process",
         "test_every_image_is_noised_at_its_own_level"),
-    "noise_loss": (
-        "the model gets xt, t and the condition, in this order; the mean is over images, channels and pixels. It needs "
-        "add_noise",
+    "noise_loss": ("model(xt, t, condition); a mean over images, channels and pixels. It needs add_noise",
         "test_noise_loss_is_the_mean_squared_error_over_all_elements"),
-    "guided_noise": (
-        "w = 0 is the conditional model, so the weights are 1 + w and -w; one call of the network with 2 B images, and "
-        "of B where w = 0",
+    "guided_noise": ("w = 0 is the conditional model: weights 1 + w and -w; one call with 2 B images, B if w = 0",
         "test_guidance_extrapolates_from_null_to_class_in_one_doubled_batch",
         "test_no_guidance_is_one_call_of_the_plain_batch"),
-    "ddim_step": (
-        "eq. 12 and 16: the variance that sigma takes from the predicted noise comes back as fresh noise, so that it "
-        "is 1 - a_next for every eta; a and a_next are abar, not alpha",
-        "test_ddim_step_weighs_image_prediction_and_noise",
-        "test_ddpm_step_is_ddim_step_at_eta_one"),
-    "dpmpp_step": (
-        "the sign of h (lambda grows towards the clean image) and of exp(-h) - 1; r is the step before over this one; "
-        "the first step and the last (a_next = 1) are of first order",
+    "ddim_step": ("the variance that sigma takes from the predicted noise comes back as noise; a, a_next are abar",
+        "test_ddim_step_weighs_image_prediction_and_noise", "test_ddpm_step_is_ddim_step_at_eta_one"),
+    "dpmpp_step": ("lambda grows towards the image: mind the signs; the first and the last step are of first order",
         "test_first_dpmpp_step_is_ddim_and_the_second_uses_the_step_before"),
-    "frechet_distance": (
-        "S1 and S2 do not commute, so the root of their product is not the product of their roots; a matrix without "
-        "full rank has eigenvalues that rounding makes negative",
-        "test_frechet_distance_of_known_gaussians",
-        "test_frechet_distance_where_covariances_do_not_commute",
+    "frechet_distance": ("S1 and S2 do not commute; without full rank, rounding makes eigenvalues negative",
+        "test_frechet_distance_of_known_gaussians", "test_frechet_distance_where_covariances_do_not_commute",
         "test_frechet_distance_is_zero_for_equals_even_if_rank_deficient"),
-    # protodiffusion.py
-    "dce_loss": (
-        "one softmax over all C K prototypes, then the sum within the class; stay in logarithms, or a distance of 900 "
-        "overflows",
+    "dce_loss": ("one softmax over all C K prototypes, then sums within classes; in logarithms, or 900 overflows",
         "test_dce_loss_by_hand_sums_the_prototypes_of_a_class",
         "test_dce_gradient_is_the_softmax_minus_the_share_within_the_class"),
-    "prototype_loss": (
-        "of the own class alone, and of its K prototypes only the nearest; d is squared already",
+    "prototype_loss": ("of the own class alone, and of its K prototypes only the nearest; d is squared already",
         "test_prototype_loss_pulls_only_the_nearest_prototype_of_the_own_class"),
-    # pdm.py
-    "contrastive_loss": (
-        "near is likely, so distances enter with a minus; tau sharpens",
+    "contrastive_loss": ("near is likely, so distances enter with a minus; tau sharpens",
         "test_contrastive_loss_is_the_cross_entropy_of_negative_distances",
         "test_contrastive_gradient_draws_z_to_its_prototype_and_pushes_the_others"),
-    "alignment_loss": (
-        "mean over B and D, not sum; nothing is detached, so features and prototypes both move",
+    "alignment_loss": ("mean over B and D, not sum; nothing is detached, so features and prototypes both move",
         "test_alignment_loss_is_a_mean_over_elements_that_moves_features_and_prototypes"),
-    "compactness_loss": (
-        "cosines, so lengths do not count; squared, so opposite is as bad as equal; a sum over both orders of a pair, "
-        "without the diagonal",
+    "compactness_loss": ("cosines: no lengths; squared: opposite is as bad as equal; each pair twice, no diagonal",
         "test_compactness_loss_is_the_sum_of_squared_cosines_off_the_diagonal",
         "test_compactness_gradient_turns_prototypes_apart"),
-    "PrototypeAttention.forward": (
-        "softmax over the n tokens, not over the pixels; over one token it is 1, whatever the pixel asks; heads are "
-        "slices of c = C / heads channels",
+    "PrototypeAttention.forward": ("softmax over the n tokens, not the pixels; heads are slices of C / heads channels",
         "test_one_key_adds_the_same_vector_at_every_pixel_whatever_they_hold",
         "test_one_key_gives_the_queries_no_gradient",
         "test_several_keys_are_a_plain_softmax_and_differ_from_pixel_to_pixel",
         "test_the_bias_raises_the_weight_of_the_chosen_key"),
-    "PDM.learn": (
-        "the nearest prototype, or the label where there is one; s-PDM has no compactness loss; count once; the shares "
-        "are of counts + usage, after counting. It needs the three losses",
+    "PDM.learn": ("nearest or label; s-PDM: no compactness; count once, then the shares. It needs the three losses",
         "test_pdm_chooses_the_nearest_prototype_and_s_pdm_the_labels",
         "test_learn_gives_the_losses_of_the_choice_with_its_sharpness",
-        "test_learn_stays_in_float32_under_mixed_precision",
-        "test_statistics_by_hand",
-        "test_every_choice_is_counted_once_in_training_and_never_elsewhere",
-        "test_reviving_moves_the_dead_to_the_farthest_images_at_the_end_of_an_epoch",
-        "test_nothing_moves_unasked_nor_under_labels"),
-    # patronus.py
-    "receptive_field": (
-        "a layer's kernel and padding count in steps of the layers before it; its stride multiplies the step of those "
-        "after it",
-        "test_receptive_field_of_padded_layers_by_hand",
-        "test_receptive_field_is_where_the_gradient_is"),
-    "patch_distances": (
-        "squared, one for every patch and prototype: [B, m, h, w]; clamped at 0; float32 although autocast is on",
+        "test_learn_stays_in_float32_under_mixed_precision", "test_statistics_by_hand",
+        "test_every_choice_is_counted_once_in_training_and_never_elsewhere"),
+    "receptive_field": ("kernel and padding count in steps of the layers before; strides multiply later steps",
+        "test_receptive_field_of_padded_layers_by_hand", "test_receptive_field_is_where_the_gradient_is"),
+    "patch_distances": ("squared, for each patch and prototype: [B, m, h, w]; at least 0; float32 under autocast",
         "test_patch_distances_by_an_explicit_loop",
         "test_patch_distances_are_never_negative_and_float32_under_autocast"),
-    "activation": (
-        "large where the distance is small: 9.2 at d = 0; d is squared already",
+    "activation": ("large where the distance is small: 9.2 at d = 0; d is squared already",
         "test_activation_by_hand"),
-    "invert": (
-        "from the clean image, abar = 1, up to the noisiest level; x0 is worked out again at every step; the network "
-        "is told the t of the current x, not of the next",
+    "invert": ("from the clean image, abar = 1, to the noisiest level; the network is told the t of the current x",
         "test_inversion_at_one_step_and_the_order_of_levels"),
-    "auroc": (
-        "ties count half; it does not matter how large the scores are, only in what order; NaN if one kind is missing",
-        "test_auroc_by_hand",
-        "test_auroc_by_counting_pairs"),
-    "spherical": (
-        "the angle between two vectors as long as the image has numbers; where it is almost 0 the formula divides by "
-        "almost 0",
-        "test_spherical_interpolation_by_hand",
-        "test_spherical_interpolation_between_parallel_noise_is_linear"),
-    "choose_movers": (
-        "0.1 tells a trait as well as 0.9 does; the n best for b are taken out first, from all, then the n best for a "
-        "of what is left",
+    "auroc": ("ties count half; only the order of the scores matters; NaN if one kind is missing",
+        "test_auroc_by_hand", "test_auroc_by_counting_pairs"),
+    "spherical": ("the angle between two vectors as long as the image has numbers; do not divide by almost 0",
+        "test_spherical_interpolation_by_hand", "test_spherical_interpolation_between_parallel_noise_is_linear"),
+    "choose_movers": ("0.1 tells a trait as well as 0.9; the n best for b go first, then the n best for a of the rest",
         "test_movers_are_the_best_for_a_without_the_best_for_b"),
 }
 
-
 class Stop(Exception):
     """What only the person at the keyboard can put right: one sentence, and exit status 2."""
-
 
 @functools.cache
 def functions(text):
@@ -139,14 +90,11 @@ def functions(text):
     return found | {f"{c.name}.{node.name}": node for c in body if isinstance(c, ast.ClassDef)
                     for node in c.body if isinstance(node, ast.FunctionDef)}
 
-
 def marked(text):
     """The functions with the mark above their def and its decorators -> name: ast node, in the script's order."""
     lines = text.split("\n")
-    above = {name: min([node.lineno, *(d.lineno for d in node.decorator_list)]) - 2
-             for name, node in functions(text).items()}
-    return {name: node for name, node in functions(text).items() if lines[above[name]].strip() == MARK}
-
+    return {name: node for name, node in functions(text).items()
+            if lines[min([node.lineno, *(d.lineno for d in node.decorator_list)]) - 2].strip() == "# exercise"}
 
 def places():
     """Where the exercises are -> name: [(script, line of the def, first line of the docstring)]."""
@@ -156,23 +104,20 @@ def places():
             found.setdefault(name, []).append((path.name, node.lineno, (ast.get_docstring(node) or "").split("\n")[0]))
     return found
 
-
 def without_bodies(text, names):
     """A script's text in which nothing but the docstring is left of the exercises `names`."""
     lines = text.split("\n")
-    chosen = {name: node for name, node in marked(text).items() if name in names}
-    for name, node in sorted(chosen.items(), key=lambda item: -item[1].lineno):          # from the end: lines stay put
+    for name, node in sorted(marked(text).items(), key=lambda item: -item[1].lineno):    # from the end: lines stay put
         docstring = node.body[0]
-        lines[docstring.end_lineno:node.end_lineno] = [
-            " " * docstring.col_offset + f'raise NotImplementedError("{name} is an exercise: pytest tests -k {name}")']
+        stub = f'raise NotImplementedError("{name} is an exercise: pytest tests -k {name}")'
+        if name in names:
+            lines[docstring.end_lineno:node.end_lineno] = [" " * docstring.col_offset + stub]
     return "\n".join(lines)
-
 
 def taken_out(root):
     """The names of the exercises that were taken out of the project in the folder `root`; none if it is no handout."""
-    path = Path(root) / TAKEN_OUT
+    path = Path(root) / "handout.json"
     return set(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else set()
-
 
 def hand_out(out, names):
     """Copy the project into the folder `out`, without the bodies of the exercises `names`. Stop if it is not empty."""
@@ -181,14 +126,11 @@ def hand_out(out, names):
     for path in sorted(path for pattern in COPIED for path in ROOT.glob(pattern) if path.name != "test_assignment.py"):
         copy = out / path.relative_to(ROOT)
         copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, copy)
         if path in SCRIPTS:
-            text = without_bodies(path.read_text(encoding="utf-8"), names)
-            copy.write_text(text, encoding="utf-8", newline="\n")
-        else:
-            shutil.copyfile(path, copy)
+            copy.write_text(without_bodies(path.read_text(encoding="utf-8"), names), encoding="utf-8", newline="\n")
     content = {name: [script for script, *_ in held] for name, held in places().items() if name in names}
-    (out / TAKEN_OUT).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-
+    (out / "handout.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 def main(argv=None):
     """The command line. Returns the exit status: 0; 2 for what one sentence explains."""
@@ -212,13 +154,12 @@ def main(argv=None):
             raise Stop("say with --out where the handout shall lie, or ask for --list")
         names = given.names or list(known)
         hand_out(given.out, names)
-        print(f"{given.out}: {len(names)} exercises, listed in {TAKEN_OUT}; one is judged by: "
+        print(f"{given.out}: {len(names)} exercises, listed in handout.json; one is judged by: "
               f"python -m pytest {given.out / 'tests'} -k {names[0]}")
         return 0
     except (Stop, OSError) as error:
         print(f"assignment: {error}", file=sys.stderr)
         return 2
-
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,8 +1,9 @@
-"""Whole runs, tiny ones: what they leave behind, going on after an interruption, and what goes wrong."""
+"""Whole runs of all scripts, tiny ones: what they leave behind, going on after a stop, comparing, and what goes wrong."""
 import csv
-import functools
-import io
+import dataclasses
 import json
+import math
+import multiprocessing
 import os
 import re
 import shutil
@@ -12,798 +13,530 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
-import protodiffusion as pd
+from conftest import (CPU, ROOT, SCRIPTS, TINY, args, checkpoint, close, config, contents, flags, log, metrics,
+                      refused, same, samples, settings, train_apart)
 
-ROOT = Path(pd.__file__).resolve().parent
-SETTINGS = dict(
-    dataset="shapes", image_size=8, channels=8, multipliers="1,2", blocks=1, attention=4, dropout=0.1, timesteps=1000,
-    prototypes="unfrozen", prototypes_per_class=1, prototype_dim=8, learner_steps=4, learner_width=4, judge_steps=4,
-    judge_width=4, steps=6, batch_size=8, accumulate=1, lr=2e-3, log_every=2, save_every=2, eval_every=3, num_samples=10, sample_steps=2,
-    sampler="dpmpp", guidance=0.5, seed=0, amp="off", device="cpu", inception="off")
-MADE = ("config.json", "log.csv", "checkpoint.pt", "metrics.json", "samples.png", "samples.npz", "denoising.png",
-        "prototypes.png", "curves.png")
-posix = pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+MADE = {"config.json", "log.csv", "checkpoint.pt", "metrics.json", "curves.png", "samples.png", "samples.npz"}
+KNOWN = {"script", "step", "machine", "torch", "classes", "settings", "log"}
 
+# ---- What a run leaves behind -----------------------------------------------------------------------------------
 
-def flags(**settings):
-    return [word for name, value in settings.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+def test_a_run_leaves_its_files_and_pictures(script, done):
+    found = set(contents(done))
+    assert found >= MADE and {Path(name).suffix for name in found - MADE} <= {".png", ".json"}
+    for path in done.glob("*.png"):
+        with Image.open(path) as image:
+            image.load()
+            assert min(image.size) > 100
+    assert len(samples(done)[1]) == 20 and samples(done)[0].shape == (20, 16, 16, 3)
+    assert samples(done)[0].dtype == np.uint8
+    assert script.Config(**json.loads((done / "config.json").read_text())) == config(script, eval_every=3)
 
+def test_log_csv_has_a_row_for_each_time_it_saves_or_measures(script, done):
+    rows, cfg = log(done), config(script)
+    assert [row["step"] for row in rows] == ["2", "3", "4", "6"] and {float(row["skipped"]) for row in rows} == {0}
+    assert [float(row["lr"]) for row in rows] == pytest.approx([script.learning_rate(n, cfg) for n in (1, 2, 3, 5)])
+    seconds = [float(row["seconds"]) for row in rows]
+    assert seconds == sorted(seconds) and seconds[0] > 0 and list(rows[0])[0] == "loss"
+    assert [row["frechet"] != "" for row in rows] == [False, True, False, True], "measured every third step"
 
-def args(**changes):
-    return flags(**{**SETTINGS, **changes})
+def test_the_checkpoint_loads_without_code_and_load_run_gives_the_average(script, done):
+    state, run = checkpoint(done), script.load_run(done, "cpu")
+    assert set(state) == {"script", "step", "known", "log", "model", "average", "optimizer", "scaler"}
+    assert state["step"] == 6 and state["script"] == script.SCRIPT and state["known"]["classes"] == list(script.SHAPES)
+    assert len(state["known"]["targets"]) == 200 and not same(state["model"], state["average"])
+    assert run.config == config(script, eval_every=3) and run.step == 6 and not run.model.training
+    assert all(value.equal(state["average"][name]) for name, value in run.model.state_dict().items())
 
+def test_metrics_json_is_flat_and_holds_figures_and_circumstances(script, done):
+    found = metrics(done)
+    assert KNOWN <= set(found) and found["settings"] == json.loads((done / "config.json").read_text())
+    figures = {name: value for name, value in found.items() if name not in KNOWN}
+    assert all(isinstance(value, (int, float)) for value in figures.values())
+    assert all(re.fullmatch(r"[a-z0-9_.]+", name) for name in figures)
+    assert {"frechet", "seconds_before", "seconds_training", "seconds_sampling"} <= set(figures)
+    assert (found["script"], found["step"], len(found["log"])) == (script.SCRIPT, 6, 4)
+    assert found["classes"] == list(script.SHAPES)
+    assert found["parameters"] == sum(p.numel() for p in script.load_run(done, "cpu").model.parameters())
 
-@pytest.fixture(scope="module", autouse=True)
-def tiny():
-    """One thread and small sets of shapes: a run takes a second, and a process of its own computes alike."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pd, "SHAPE_SPLITS", {"train": (200, 0), "test": (60, 1), "judge": (200, 2)})
-        yield
-    torch.set_num_threads(threads)
+def test_nothing_is_written_over(script, done, tmp_path, training_only):
+    before, run = contents(done), shutil.copytree(done, tmp_path / "run")
+    assert script.main(args(script, out=done, steps=1)) == 0
+    assert checkpoint(Path(f"{done}-2"))["step"] == 1
+    for name in ("sample", "sample", "evaluate"):
+        assert script.main(flags(**{name: run}, num_samples=2)) == 0
+    assert len([*run.glob("sample*/samples.npz")]) == 2 and len([*run.glob("evaluat*")]) == 1
+    assert {name: content for name, content in contents(run).items() if "/" not in name} == before == contents(done)
+    assert script.new_folder(tmp_path / "a") == script.new_folder(tmp_path / "a") == tmp_path / "a"
 
+def test_the_seed_decides_the_samples(script, done, tmp_path):
+    for seed in (1, 1, 2):
+        assert script.main(flags(sample=done, num_samples=4, seed=seed, out=tmp_path / "s")) == 0
+    a, b, c = (samples(tmp_path / name)[0] for name in ("s", "s-2", "s-3"))
+    assert (a == b).all() and (a != c).any() and a.shape == (4, 16, 16, 3)
 
-@pytest.fixture(scope="module")
-def done(tmp_path_factory):
-    """A finished run, which tests only read."""
-    folder = tmp_path_factory.mktemp("done") / "run"
-    assert pd.main(args(out=folder)) == 0
-    return folder
+# ---- Going on after an interruption -----------------------------------------------------------------------------
 
-
-@pytest.fixture
-def training_only(monkeypatch):
-    monkeypatch.setattr(pd, "measure", lambda *a: None)
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    """A folder of images in two classes, for processes of their own."""
-    root, random = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
-    for part in ("train", "test"):
-        for c, name in enumerate(("dark", "light")):
-            (root / part / name).mkdir(parents=True)
-            for i in range(20):
-                pixels = random.integers(100 * c, 100 + 100 * c, (8, 8, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(root / part / name / f"{i}.png")
-    return root
-
-
-def contents(folder):
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(Path(folder).rglob("*")) if p.is_file()}
-
-
-def log(folder):
-    with open(folder / "log.csv", newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def checkpoint(folder):
-    return torch.load(folder / "checkpoint.pt", weights_only=True)
-
-
-def same(a, b):
-    """Nested dicts, lists and tensors are equal bit for bit."""
-    if isinstance(a, torch.Tensor):
-        return a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
-
-
-def assert_same_training(one, other, losses=True):
+def assert_same_training(one, other, rows=True):
     a, b = checkpoint(one), checkpoint(other)
-    assert a["step"] == b["step"]
-    for part in ("model", "average", "optimizer", "scaler"):
+    for part in ("step", "model", "average", "optimizer", "scaler"):
         assert same(a[part], b[part]), part
-    keys = ("step", "learning rate", "skipped steps", *["loss"] * losses)
-    assert [[r[k] for k in keys] for r in log(one)] == [[r[k] for k in keys] for r in log(other)]
+    assert all(same(a["known"][part], b["known"][part]) for part in ("targets", "figures", "images"))
+    a, b = ([{**row, "seconds": 0} for row in state["log"]["rows"]] for state in (a, b))
+    assert a == b if rows else a[-1] == b[-1]
 
-
-def refused(capsys, arguments, *words):
-    """main ends with status 2 and one sentence on stderr that has all the words."""
-    capsys.readouterr()
-    try:
-        status = pd.main([str(a) for a in arguments])
-    except SystemExit as stop:
-        status = stop.code
-    captured = capsys.readouterr()
-    lines = [line for line in captured.err.splitlines() if line.strip() and not line.startswith(("usage:", " "))]
-    assert status == 2 and len(lines) == 1, captured.err
-    assert "Traceback" not in captured.err and lines[0].startswith(("protodiffusion:", "python protodiffusion.py:"))
-    for word in words:
-        assert str(word) in lines[0], lines[0]
-    return lines[0]
-
-
-# What a run leaves behind
-
-def test_a_run_leaves_every_file_and_nothing_else(done):
-    assert sorted(contents(done)) == sorted(MADE)
-    for name in MADE:
-        if name.endswith(".png"):
-            with Image.open(done / name) as image:
-                image.load()
-                assert min(image.size) > 100
-
-
-def test_config_json_holds_the_settings_and_can_be_built_again(done):
-    saved = json.loads((done / "config.json").read_text(encoding="utf-8"))
-    assert {k: saved[k] for k in SETTINGS} == SETTINGS
-    cfg = pd.Config(**saved)
-    assert (cfg.out, cfg.resume, cfg.sample, cfg.evaluate) == ("", "", "", "")
-
-
-def test_log_csv_has_its_columns_steps_and_learning_rates(done):
-    rows = log(done)
-    assert list(rows[0]) == ["step", "loss", "learning rate", "images/s", "seconds", "skipped steps"]
-    assert [row["step"] for row in rows] == ["2", "4", "6"] and {row["skipped steps"] for row in rows} == {"0"}
-    cfg = pd.Config(**SETTINGS)
-    for row in rows:
-        assert float(row["learning rate"]) == pytest.approx(pd.learning_rate(int(row["step"]) - 1, cfg))
-        assert 0 < float(row["loss"]) < 3 and float(row["images/s"]) > 0
-    assert sorted(float(row["seconds"]) for row in rows) == [float(row["seconds"]) for row in rows]
-
-
-def test_the_checkpoint_loads_without_code_and_holds_everything(done):
-    state = checkpoint(done)
-    assert {"script", "step", "log", "extra", "model", "average", "optimizer", "scaler"} <= set(state)
-    assert state["step"] == 6 and state["script"] == "protodiffusion" and state["extra"]["classes"] == list(pd.SHAPES)
-    assert not same(state["model"], state["average"])
-
-
-def test_the_first_logged_loss_is_that_of_a_network_that_predicts_zero(done):
-    assert float(log(done)[0]["loss"]) == pytest.approx(1, abs=0.15)
-
-
-def test_metrics_json_holds_results_seconds_and_circumstances(done):
-    metrics = json.loads((done / "metrics.json").read_text(encoding="utf-8"))
-    assert metrics["training_images"] == 200 and metrics["settings"]["steps"] == 6
-    assert set(metrics["seconds"]) == {"stage 1", "training", "sampling"} and 0 <= metrics["stage 1"]["accuracy"] <= 1
-    judges = {"a classifier trained apart", "the run's own prototype learner"}
-    assert set(metrics["results"]) == judges | {"inception"} and metrics["results"]["inception"] == {}
-    for name in judges:
-        for kind in ("samples", "real held-out images"):
-            found = metrics["results"][name][kind]
-            assert 0 <= found["accuracy"] <= 1 and found["frechet"] >= -1e-6
-    assert metrics["parameters"] == sum(p.numel() for p in pd.load_run(done, "cpu").model.parameters())
-
-
-def test_samples_npz_is_as_evaluators_read_it(done):
-    with np.load(done / "samples.npz") as saved:
-        assert saved.files == ["arr_0", "arr_1"]
-        images, labels = saved["arr_0"], saved["arr_1"]
-    assert images.shape == (10, 8, 8, 3) and images.dtype == np.uint8
-    assert labels.shape == (10,) and labels.dtype == np.int64 and 0 <= labels.min() and labels.max() < 10
-
-
-def test_a_second_run_goes_beside_the_first_and_leaves_it_alone(done, training_only):
-    before = contents(done)
-    assert pd.main(args(out=done, prototypes="random", steps=2)) == 0
-    second = Path(f"{done}-2")
-    assert contents(done) == before and checkpoint(second)["step"] == 2
-    assert not (second / "prototypes.png").exists()
-
-
-def test_new_folder_takes_the_first_that_is_empty(tmp_path):
-    assert pd.new_folder(tmp_path / "a") == pd.new_folder(tmp_path / "a") == tmp_path / "a"
-    for name in ("a", "a-2"):
-        (tmp_path / name).mkdir(exist_ok=True)
-        (tmp_path / name / "notes.txt").write_text("mine")
-    assert pd.new_folder(tmp_path / "a") == tmp_path / "a-3" and (tmp_path / "a" / "notes.txt").read_text() == "mine"
-
-
-# Sampling and measuring
-
-def samples(folder):
-    with np.load(folder / "samples.npz") as saved:
-        return saved["arr_0"], saved["arr_1"]
-
-
-def test_sampling_takes_labels_by_number_and_name_into_a_new_folder_each(done, tmp_path):
-    before = contents(done)
-    arguments = flags(sample=done, device="cpu", num_samples=5)
-    out = tmp_path / "s"
-    assert pd.main([*arguments, *flags(labels="star,3", out=out)]) == 0
-    assert pd.main([*arguments, *flags(labels="star, 3", out=out)]) == 0
-    images, labels = samples(out)
-    assert labels.tolist() == [9, 3, 9, 3, 9] and images.shape == (5, 8, 8, 3)
-    again, _ = samples(tmp_path / "s-2")
-    assert (images == again).all() and (out / "samples.png").exists()
-    assert contents(done) == before
-
-
-def test_sampling_without_a_place_goes_below_the_run(tmp_path, training_only):
-    run = tmp_path / "run"
-    assert pd.main(args(out=run, prototypes="random", steps=2)) == 0
-    before = contents(run)
-    for _ in range(2):
-        assert pd.main(flags(sample=run, num_samples=12)) == 0
-    assert samples(run / "samples")[1].tolist() == [*range(10), 0, 1]
-    assert (run / "samples-2" / "samples.npz").exists()
-    assert {k: v for k, v in contents(run).items() if not k.startswith("samples")} == before
-
-
-def test_the_seed_decides_the_samples(done, tmp_path):
-    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        assert pd.main(flags(sample=done, num_samples=4, seed=seed, out=tmp_path / name)) == 0
-    a, b, c = (samples(tmp_path / name)[0] for name in "abc")
-    assert (a == b).all() and (a != c).any()
-
-
-def test_evaluating_again_gives_the_same_numbers_in_a_new_folder(done, tmp_path):
-    before, out = contents(done), tmp_path / "again"
-    assert pd.main(flags(evaluate=done, out=out)) == 0
-    first, second = (json.loads((folder / "metrics.json").read_text()) for folder in (done, out))
-    for name in first["results"]:
-        for kind, found in first["results"][name].items():
-            assert found == pytest.approx(second["results"][name][kind], rel=1e-5, abs=1e-9)
-    assert first["seconds"]["training"] == second["seconds"]["training"]
-    assert contents(done) == before and (samples(done)[0] == samples(out)[0]).all()
-
-
-# Prototypes and the comparison
-
-def test_frozen_prototypes_stay_and_unfrozen_ones_move(done, tmp_path, training_only):
-    out = tmp_path / "frozen"
-    assert pd.main(args(out=out, prototypes="frozen")) == 0
-    frozen, unfrozen = checkpoint(out), checkpoint(done)
-    assert same(frozen["extra"]["table"], unfrozen["extra"]["table"])           # one stage 1, same seed
-    for part in ("model", "average"):
-        assert same(frozen[part]["table.weight"], frozen["extra"]["table"])
-        assert not same(unfrozen[part]["table.weight"], unfrozen["extra"]["table"])
-    assert frozen["extra"]["table"].square().mean() == pytest.approx(1, abs=1e-4)
-    assert (out / "prototypes.png").exists()
-
-
-def test_random_prototypes_need_no_first_stage(tmp_path, monkeypatch, training_only):
-    monkeypatch.setattr(pd, "learn_prototypes", lambda *a: pytest.fail("stage 1 ran"))
-    out = tmp_path / "random"
-    assert pd.main(args(out=out, prototypes="random", steps=2)) == 0
-    state = checkpoint(out)
-    assert "learner" not in state["extra"] and state["extra"]["seconds"] == 0
-    assert state["model"]["table.weight"].shape == (10, 8)
-
-
-def test_two_prototypes_a_class_make_two_rows_a_class(tmp_path):
-    out = tmp_path / "two"
-    assert pd.main(args(out=out, prototypes_per_class=2)) == 0
-    extra = checkpoint(out)["extra"]
-    assert extra["table"].shape == (20, 8) and extra["frequency"].shape == (10, 2)
-    assert torch.allclose(extra["frequency"].sum(1), torch.ones(10))
-    labels = pd.load_dataset("shapes", "train", 8).labels
-    assert (extra["rows"] // 2).equal(labels) and sorted(contents(out)) == sorted(MADE)
-    share = torch.bincount(extra["rows"], minlength=20).view(10, 2) / torch.bincount(labels, minlength=10)[:, None]
-    assert torch.allclose(share, extra["frequency"])
-
-
-def test_a_comparison_trains_three_variants_alike_and_can_go_on(tmp_path, capsys):
-    out = tmp_path / "compare"
-    assert pd.main([*args(out=out), "--compare"]) == 0
-    table = capsys.readouterr().out
-    result = json.loads((out / "comparison.json").read_text())
-    assert set(result["variants"]) == {"random", "frozen", "unfrozen"}
-    for name, variant in result["variants"].items():
-        assert [h["step"] for h in variant["history"]] == [3, 6] and len(variant["guidance"]) == len(pd.SWEEP)
-        assert {"config.json", "checkpoint.pt", "log.csv"} <= set(contents(out / name))
-        assert name in table
-        assert json.loads((out / name / "config.json").read_text())["prototypes"] == name
-    seconds = {name: v["stage 1 seconds"] for name, v in result["variants"].items()}
-    assert seconds["random"] == 0 < seconds["frozen"] == seconds["unfrozen"]
-    first = {name: checkpoint(out / name) for name in result["variants"]}
-    assert same(first["frozen"]["extra"]["table"], first["unfrozen"]["extra"]["table"])
-    Image.open(out / "comparison.png").load()
-    (out / "unfrozen" / "checkpoint.pt").unlink()                   # as if stopped before the third variant
-    (out / "comparison.json").unlink()
-    assert pd.main(flags(resume=out)) == 0
-    again = json.loads((out / "comparison.json").read_text())["variants"]
-    assert {n: v["history"][-1]["accuracy"] for n, v in again.items()} == \
-        {n: v["history"][-1]["accuracy"] for n, v in result["variants"].items()}
-    for name, state in first.items():
-        assert same(checkpoint(out / name)["model"], state["model"]) and len(again[name]["history"]) == 2
-    assert pd.main(flags(sample=out / "frozen", num_samples=2)) == 0
-
-
-# Going on after an interruption
-
-def interrupt_at(monkeypatch, step):
-    """The run stops dead in this step, after the weights have moved; nothing is saved on the way out."""
-    whole = pd.update_average
+def stop_at(patch, script, step, stop):
+    """stop() is called in this step, after the weights have moved."""
+    whole = script.update_average
 
     def update(average, model, n):
         if n == step:
-            raise KeyboardInterrupt
+            stop()
         whole(average, model, n)
-    monkeypatch.setattr(pd, "update_average", update)
+    patch.setattr(script, "update_average", update)
 
+def die():
+    """As a kill does: nothing is saved on the way out, for no handler knows of it."""
+    raise SystemExit("killed")
 
-def test_a_run_that_goes_on_is_bit_for_bit_the_one_that_never_stopped(tmp_path, capsys, training_only):
-    settings = dict(dropout=0.3, accumulate=2, steps=7, log_every=1, unfreeze_at=0.3, warmup=0.3)
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    assert pd.main(args(out=whole, **settings)) == 0
+LONG = dict(dropout=0.3, accumulate=2, steps=7, warmup=0.3, batch_size=16, mirror=True)
+
+@pytest.fixture(scope="session")
+def whole(script, tmp_path_factory):
+    """A run that was never stopped: mirrored, with dropout, in passes."""
+    folder = tmp_path_factory.mktemp("whole")
+    cfg = config(script, **LONG)
+    sets = script.load_sets(cfg)
+    script.new_run(cfg, sets, folder, CPU)
+    script.train(cfg, sets, folder, CPU)
+    return folder
+
+def test_a_run_that_is_killed_goes_on_bit_for_bit(script, whole, tmp_path, training_only):
+    out = tmp_path / "run"
     for step in (1, 3, 6):                                          # before the first save, between saves, at the end
         with pytest.MonkeyPatch.context() as patch:
-            interrupt_at(patch, step)
-            assert pd.main(args(out=broken, **settings) if step == 1 else flags(resume=broken)) == 130
-        assert f'--resume "{broken}"' in capsys.readouterr().err
-        assert checkpoint(broken)["step"] == step // 2 * 2
-    assert pd.main(flags(resume=broken)) == 0
-    assert_same_training(whole, broken)
-    assert not list(tmp_path.rglob("*.tmp"))
+            stop_at(patch, script, step, die)
+            with pytest.raises(SystemExit):
+                script.main(args(script, out=out, **LONG) if step == 1 else flags(resume=out))
+        assert checkpoint(out)["step"] == step // 2 * 2
+    assert script.main(flags(resume=out)) == 0
+    assert_same_training(whole, out)
+    assert [row["step"] for row in log(out)] == ["2", "4", "6", "7"]
 
+def test_a_run_killed_before_training_or_while_saving_goes_on_bit_for_bit(
+        script, whole, tmp_path, monkeypatch, capsys, training_only):
+    out, save, saves = tmp_path / "run", torch.save, []
 
-def test_mirroring_and_several_epochs_go_on_alike(tmp_path, pictures, training_only):
-    settings = dict(dataset="folder", data_dir=pictures, steps=12, batch_size=16, prototypes="random")  # 40 images
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    assert pd.main([*args(out=whole, **settings), "--mirror"]) == 0
-    with pytest.MonkeyPatch.context() as patch:
-        interrupt_at(patch, 7)
-        assert pd.main([*args(out=broken, **settings), "--mirror"]) == 130
-    assert pd.main(flags(resume=broken)) == 0
-    assert_same_training(whole, broken)
-
-
-def test_a_run_stopped_in_its_first_stage_goes_on(tmp_path, capsys, training_only, done):
-    out = tmp_path / "early"
-    with pytest.MonkeyPatch.context() as patch:
-        def stop(*a):
+    def half(content, path):
+        saves.append(path)
+        if len(saves) in (1, 4):                                    # the state of step 0, and of step 4
+            Path(path).write_bytes(b"half")
             raise KeyboardInterrupt
-        patch.setattr(pd, "learn_prototypes", stop)
-        assert pd.main(args(out=out)) == 130
-    assert f'--resume "{out}"' in capsys.readouterr().err and not (out / "checkpoint.pt").exists()
-    assert pd.main(flags(resume=out)) == 0
-    assert_same_training(out, done)
+        save(content, path)
+    monkeypatch.setattr(torch, "save", half)
+    assert script.main(args(script, out=out, **LONG)) == 130
+    assert f"--resume {out}" in capsys.readouterr().err and not (out / "checkpoint.pt").exists()
+    assert script.main(flags(resume=out)) == 130 and checkpoint(out)["step"] == 2
+    assert script.main(flags(resume=out)) == 0
+    assert_same_training(whole, out)
 
+def test_ctrl_c_saves_the_step_and_says_how_to_go_on(script, whole, tmp_path, capsys, training_only):
+    out, before = tmp_path / "run", signal.getsignal(signal.SIGINT)
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at(patch, script, 2, lambda: signal.raise_signal(signal.SIGINT))
+        assert script.main(args(script, out=out, **LONG)) == 130
+    assert checkpoint(out)["step"] == 3 and f"--resume {out}" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGINT) is before
+    assert script.main(flags(resume=out)) == 0
+    assert_same_training(whole, out, rows=False)                    # one row more
 
-def test_a_finished_run_can_be_resumed_without_a_step(tmp_path, training_only):
-    out = tmp_path / "run"
-    assert pd.main(args(out=out, prototypes="random", steps=2)) == 0
-    state, rows = checkpoint(out), log(out)
-    assert pd.main(flags(resume=out)) == 0
-    assert same(checkpoint(out)["model"], state["model"]) and log(out) == rows
+def test_a_run_killed_while_it_samples_is_measured_as_the_others(script, done, tmp_path, capsys):
+    out = shutil.copytree(done, tmp_path / "run")
+    (out / "metrics.json").unlink()
 
+    def stop(*given, **options):
+        raise KeyboardInterrupt
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script, "sample", stop)
+        assert script.main(flags(resume=out)) == 130 and f"--resume {out}" in capsys.readouterr().err
+        assert script.main(flags(sample=out)) == 130 and "--resume" not in capsys.readouterr().err
+    assert script.main(flags(resume=out)) == 0
+    assert (samples(out)[0] == samples(done)[0]).all() and log(out) == log(done)
+    first, second = metrics(done), metrics(out)
+    assert set(first) == set(second)
+    for name, value in first.items():
+        if isinstance(value, float) and not re.search("seconds|step_|sample_", name):
+            assert second[name] == pytest.approx(value, rel=1e-4, abs=1e-6, nan_ok=True), name
 
-def test_settings_given_with_resume_reach_the_optimiser(tmp_path, training_only, monkeypatch):
-    out, seen = tmp_path / "run", []
-    assert pd.main(args(out=out, steps=4, unfreeze_at=0.5)) == 0
-    monkeypatch.setattr(pd, "safe_step", lambda optimizer, scaler: seen.append(optimizer.param_groups) or torch.zeros(()))
-    assert pd.main(flags(resume=out, steps=8, weight_decay=0.25)) == 0
-    assert [group["weight_decay"] for group in seen[-1]] == [0.25, 0.25]
-    assert [group["start"] for group in seen[-1]] == [0, 4], "half of the new number of steps"
+# Processes of their own: one imports the scripts, and is copied for each
+PROCESSES = multiprocessing.get_context(None if os.name == "nt" else "forkserver")
+PROCESSES.set_forkserver_preload(["conftest", *SCRIPTS])
 
+def start(script, arguments, **environment):
+    process = PROCESSES.Process(target=train_apart, args=(script.SCRIPT, arguments, environment))
+    process.start()
+    return process
 
-def test_images_that_changed_since_are_not_trained_on(tmp_path, pictures, capsys, training_only):
-    copy, out = tmp_path / "pictures", tmp_path / "run"
-    shutil.copytree(pictures, copy)
-    settings = dict(dataset="folder", data_dir=copy, prototypes="random", steps=2)
-    assert pd.main(args(out=out, **settings)) == 0
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+def test_a_process_that_is_killed_goes_on_bit_for_bit(script, pictures, tmp_path, training_only):
+    out, rows = tmp_path / "run", tmp_path / "run" / "log.csv"
+    given = dict(dataset="folder", data_dir=pictures, steps=10_000, save_every=5)
+    process = start(script, args(script, out=out, **given))
+    while not (rows.exists() and len(rows.read_text().splitlines()) > 3):
+        time.sleep(0.01)
+        assert process.is_alive()
+    process.kill()
+    process.join()
+    stopped = checkpoint(out)["step"]
+    for arguments in (flags(resume=out), args(script, out=tmp_path / "whole", **given)):
+        with pytest.MonkeyPatch.context() as patch:
+            stop_at(patch, script, stopped + 5, die)
+            with pytest.raises(SystemExit):
+                script.main(arguments)
+    assert stopped > 0 and checkpoint(out)["step"] == stopped + 5
+    assert_same_training(out, tmp_path / "whole")
+
+def test_two_processes_and_two_passes_train_like_one(script, pictures, tmp_path, training_only):
+    """But for rounding; and, where a method looks at a batch as a whole, nearly."""
+    name, near, atol = ("loss", 1e-3, 2e-3) if script.SCRIPT == "protodiffusion" else ("diffusion", 0.02, 0.02)
+    given = dict(dataset="folder", data_dir=pictures, dropout=0)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    both = [start(script, args(script, out=tmp_path / "two", **given), RANK=rank, WORLD_SIZE="2", MASTER_PORT=port,
+                  MASTER_ADDR="127.0.0.1") for rank in "01"]        # what torchrun does
+    for passes in (1, 2):
+        assert script.main(args(script, accumulate=passes, out=tmp_path / f"{passes}", **given)) == 0
+    for process in both:
+        process.join()
+    assert [process.exitcode for process in both] == [0, 0]
+    for other in ("two", "2"):
+        for a, b in zip(log(tmp_path / "1"), log(tmp_path / other), strict=True):
+            assert float(a[name]) == pytest.approx(float(b[name]), rel=near)
+            assert (a["step"], a["lr"], a["skipped"]) == (b["step"], b["lr"], b["skipped"])
+        a, b = (checkpoint(tmp_path / run)["average"] for run in ("1", other))
+        assert all(torch.allclose(a[key], b[key], atol=atol) for key in a if key.startswith("unet"))
+
+def test_a_run_can_go_on_with_other_settings_which_it_remembers(script, done, tmp_path, training_only):
+    out = shutil.copytree(done, tmp_path / "run")
+    assert script.main(flags(resume=out, steps=7, lr=1e-3, channels=8, amp="bf16")) == 0
+    assert script.main(flags(resume=out, steps=8, amp="fp16")) == 0
+    saved = json.loads((out / "config.json").read_text())
+    assert checkpoint(out)["step"] == 8 and (saved["steps"], saved["lr"], saved["amp"]) == (8, 1e-3, "fp16")
+
+def test_images_that_changed_since_are_not_trained_on(script, tmp_path, pictures, capsys, training_only):
+    copy, out = shutil.copytree(pictures, tmp_path / "pictures"), tmp_path / "run"
+    assert script.main(args(script, out=out, dataset="folder", data_dir=copy, steps=1)) == 0
+    before = contents(out)
     next((copy / "train").glob("*/*")).unlink()
-    refused(capsys, flags(resume=out, steps=4), "have changed")
+    refused(script, capsys, flags(resume=out, steps=4), "have changed")
+    shutil.rmtree(copy)
+    refused(script, capsys, flags(resume=out, steps=4), copy)
+    assert contents(out) == before
 
+def test_measuring_saving_and_compiling_are_not_training_time(script, tmp_path, monkeypatch):
+    """By a clock that only moves when something is done."""
+    cfg, now, compiled = config(script, eval_every=3, compile=True), [0], []
 
-def test_evaluating_saving_and_compiling_are_not_training_time(tmp_path, monkeypatch):
-    cfg = pd.Config(**{**SETTINGS, "steps": 6, "log_every": 4, "eval_every": 3, "save_every": 2, "compile": True,
-                       "prototypes": "random"})
-    data, device, compiled = pd.load_dataset("shapes", "train", 8), torch.device("cpu"), []
-    extra = pd.stage_one(cfg, [data] * 2, device, tmp_path)
-
-    def slow(result=None):
-        time.sleep(0.4)
-        return result
+    def takes(seconds, function):
+        def slow(*given, **options):
+            now[0] += seconds
+            return function(*given, **options)
+        return slow
 
     def compile(net, **options):                              # as torch's does, it takes its time at the first call
         def forward(*given):
-            if not compiled:
-                compiled.append(slow(True))
+            now[0] += 0 if compiled else 10_000
+            compiled.append(True)
             return net(*given)
         return forward
+    sets = script.load_sets(cfg)
+    model = type(cfg.build(dict(shape=[3, 16, 16], classes=[""] * 10)))
+    monkeypatch.setattr(script, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(script, "fingerprint", takes(7, script.fingerprint))
+    monkeypatch.setattr(script, "save_safely", takes(1000, script.save_safely))
+    monkeypatch.setattr(script, "random_batches", takes(1, script.random_batches))
+    monkeypatch.setattr(model, "quality", takes(100, lambda self, cfg, run, sets: {"frechet": 1.0}))
     monkeypatch.setattr(torch, "compile", compile)
-    monkeypatch.setattr(pd, "save_safely", lambda *given, save=pd.save_safely: slow(save(*given)))
-    loss_fn = functools.partial(pd.protodiffusion_loss, cfg)
-    _, kept = pd.train(cfg, cfg.build(extra), data.images, extra["rows"], loss_fn, tmp_path, extra, device,
-                       lambda average: slow({}))
-    assert [e["step"] for e in kept["evals"]] == [3, 6] and compiled and kept["seconds"] < 0.4
-    first, last = kept["rows"]
-    assert first["seconds"] == pytest.approx(4 * 8 / first["images/s"])
-    assert last["seconds"] - first["seconds"] == pytest.approx(2 * 8 / last["images/s"])
+    script.new_run(cfg, sets, tmp_path, CPU)
+    script.train(cfg, sets, tmp_path, CPU)
+    state = checkpoint(tmp_path)
+    assert {row["step"]: row["seconds"] for row in state["log"]["rows"]} == {2: 1, 3: 2, 4: 3, 6: 5} and compiled
+    assert state["known"]["seconds"] == 7 and state["log"]["seconds"] == 5
 
+# ---- Gradients that are no numbers ------------------------------------------------------------------------------
 
-def test_one_and_two_passes_train_alike(tmp_path, training_only):
-    for passes in (1, 2):
-        assert pd.main(args(out=tmp_path / str(passes), accumulate=passes, dropout=0)) == 0
-    one, two = (checkpoint(tmp_path / p) for p in "12")
-    for name, value in one["model"].items():
-        assert torch.allclose(value, two["model"][name], atol=2e-4), name
-    for a, b in zip(log(tmp_path / "1"), log(tmp_path / "2")):
-        assert float(a["loss"]) == pytest.approx(float(b["loss"]), rel=1e-4)
+@pytest.fixture
+def planted(script, tmp_path, monkeypatch):
+    """train(bad, ...): trains with a loss of NaN in the steps `bad` -> every state that was saved."""
+    def train(bad, **changes):
+        cfg, states = config(script, **changes), []
+        sets, whole, save = script.load_sets(cfg), script.random_batches, script.save_safely
 
+        def batches(cfg, images, targets, step, device):
+            for batch in whole(cfg, images, targets, step, device):
+                yield batch._replace(eps=batch.eps * (math.nan if step in bad else 1))
 
-def start(arguments, cwd, *before):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen([sys.executable, *before, str(ROOT / "protodiffusion.py"), *arguments], cwd=cwd,
-                            env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        def keep(content, path):
+            save(content, path)
+            states.append(torch.load(path, weights_only=True))
+        monkeypatch.setattr(script, "random_batches", batches)
+        monkeypatch.setattr(script, "save_safely", keep)
+        script.new_run(cfg, sets, tmp_path, CPU)
+        script.train(cfg, sets, tmp_path, CPU)
+        return states
+    return train
 
+def test_a_gradient_that_is_no_number_changes_no_weight_and_no_moment(script, planted, tmp_path):
+    states = planted({3}, steps=5, save_every=1)                    # after 0, 1, 2, ... steps
+    assert [state["step"] for state in states] == list(range(6))
+    assert same(states[3]["optimizer"]["state"], states[4]["optimizer"]["state"])
+    names = [name for name, _ in script.load_run(tmp_path, "cpu").model.named_parameters()]
+    stay = [all(same(a["model"][name], b["model"][name]) for name in names) for a, b in zip(states, states[1:])]
+    assert stay == [False, False, False, True, False]
+    assert [float(row["skipped"]) for row in log(tmp_path)] == [0, 0, 0, 1, 1]
+    assert all(value.isfinite().all() for value in states[-1]["model"].values())
 
-def wait_for(process, condition, seconds=120):
-    end = time.monotonic() + seconds
-    while process.poll() is None and not condition():
-        assert time.monotonic() < end, "too slow"
-        time.sleep(0.01)
-    return process.poll() is None
+def test_thirty_bad_gradients_in_a_row_end_the_run_with_sound_weights(script, planted, tmp_path):
+    with pytest.raises(script.Stop, match=r"30 gradients.*--lr"):
+        planted(set(range(100)), steps=60, save_every=10)
+    assert all(value.isfinite().all() for value in checkpoint(tmp_path)["average"].values())
+    assert checkpoint(tmp_path)["step"] == 30
 
+def test_thirty_bad_gradients_in_all_are_survived(planted, tmp_path):
+    planted(set(range(33)) - {20}, steps=34, save_every=50)
+    assert [float(row["skipped"]) for row in log(tmp_path)] == [32]
 
-LONG = dict(dataset="folder", steps=150, prototypes="random", multipliers="1", blocks=1, attention=0, log_every=10,
-            save_every=10)
+# ---- Comparing --------------------------------------------------------------------------------------------------
 
+def finished(script, folder, changes, rows, **figures):
+    """What a comparison reads of a finished run."""
+    folder.mkdir()
+    content = dict(script=script.SCRIPT, step=6, machine="", classes=[], settings=settings(script, **changes),
+                   log=[dict(step=2, loss=1.0, seconds=1.5), *rows], seconds_before=10, **figures)
+    (folder / "metrics.json").write_text(json.dumps(content))
+    return str(folder)
 
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory, pictures):
-    out = tmp_path_factory.mktemp("long") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pd, "measure", lambda *a: None)
-        assert pd.main(args(out=out, data_dir=pictures, **LONG)) == 0
-    return out
+def test_runs_that_differ_in_their_seed_are_a_group_with_mean_and_interval(script, tmp_path, monkeypatch, capsys):
+    runs, drawn = [], []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *a, **k: drawn.append(figure))
+    for name, lr, values in (("a", 0.1, (1, 2, 6)), ("b", 0.2, (7,))):
+        for seed, value in enumerate(values):
+            rows = [dict(step=4, loss=0.5, seconds=3.0, frechet=8), dict(step=6, loss=0.4, seconds=4, frechet=value)]
+            changes, only = dict(seed=seed, data_dir=name, lr=lr), dict(only=1) if name == "b" else {}
+            runs.append(finished(script, tmp_path / f"{name}{seed}", changes, rows, frechet=value, **only))
+    assert script.main(["--compare", *runs, "--out", str(tmp_path / "c")]) == 0
+    with open(tmp_path / "c" / "comparison.csv", newline="") as file:
+        table = {(row["figure"], row["group"]): row for row in csv.DictReader(file)}
+    assert {group for _, group in table} == {"lr 0.1", "lr 0.2"}, "named by what differs but for the seed"
+    assert {figure for figure, _ in table} == {"step", "seconds_before", "frechet", "only"}
+    three, one = table["frechet", "lr 0.1"], table["frechet", "lr 0.2"]
+    assert three["runs"] == "3" and float(three["mean"]) == 3
+    assert float(three["half"]) == pytest.approx(4.303 * 7 ** 0.5 / 3 ** 0.5), "Student's t, 2 degrees of freedom"
+    assert (one["runs"], float(one["mean"]), one["half"]) == ("1", 7, "nan") and "lr 0.1" in capsys.readouterr().out
+    _, steps, _, clock = drawn[0].axes                              # over steps: loss, frechet; over seconds
+    assert steps.lines[0].get_xydata().tolist() == [[4, 8], [6, 1]]
+    assert clock.lines[0].get_xydata().tolist() == [[13, 8], [14, 1]], "with all that comes before training"
+    many = [float(i) for i in range(40)]
+    assert script.mean_interval(many)[1] == pytest.approx(2.262 * np.std(many, ddof=1) / 40 ** 0.5)
 
+def test_finished_runs_are_compared_and_others_refused(script, done, tmp_path, capsys):
+    before = contents(done)
+    assert script.main(["--compare", str(done), str(done), "--out", str(tmp_path / "c")]) == 0
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in ("frechet", "seconds_training", "all runs"))
+    assert contents(done) == before and set(contents(tmp_path / "c")) == {"comparison.csv", "comparison.png"}
+    unfinished = shutil.copytree(done, tmp_path / "run")
+    (unfinished / "metrics.json").unlink()
+    refused(script, capsys, ["--compare", done, unfinished], unfinished, "metrics.json")
+    for content in (dict(script="other"), dict(script=script.SCRIPT, log=[]), [1, 2]):
+        (unfinished / "metrics.json").write_text(json.dumps(content))
+        refused(script, capsys, ["--compare", done, unfinished], unfinished)
 
-@posix
-@pytest.mark.parametrize("name", ["SIGKILL", "SIGINT"])
-def test_a_process_that_is_killed_or_interrupted_goes_on_bit_for_bit(
-        tmp_path, pictures, uninterrupted, training_only, name):
-    out = tmp_path / "run"
-    process = start(args(out=out, data_dir=pictures, **LONG), tmp_path)
-    rows = out / "log.csv"
-    running = wait_for(process, lambda: rows.exists() and len(rows.read_text().splitlines()) > 2)
-    process.send_signal(getattr(signal, name))
-    output, errors = process.communicate(timeout=120)
-    assert running, output + errors
-    stopped = checkpoint(out)["step"]
-    assert 0 < stopped < 150
-    if name == "SIGKILL":
-        assert process.returncode == -signal.SIGKILL and stopped % 10 == 0
-    else:
-        assert process.returncode == 130 and "Traceback" not in errors
-        assert f'--resume "{out}"' in errors and not list(out.glob("*.tmp"))
-    assert pd.main(flags(resume=out)) == 0
-    assert_same_training(out, uninterrupted, losses=stopped % 10 == 0)          # else a row averages fewer steps
-
-
-def test_two_processes_log_the_losses_of_one(tmp_path, pictures, training_only):
-    settings = dict(dataset="folder", data_dir=pictures, dropout=0, steps=6)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    two, one = tmp_path / "two", tmp_path / "one"
-    process = start(args(out=two, **settings), tmp_path, "-m", "torch.distributed.run", "--nproc_per_node=2",
-                    "--master_addr=127.0.0.1", f"--master_port={port}")
-    output, errors = process.communicate(timeout=200)
-    assert process.returncode == 0, errors
-    assert pd.main(args(out=one, **settings)) == 0
-    for a, b in zip(log(one), log(two), strict=True):
-        assert a["step"] == b["step"] and float(a["loss"]) == pytest.approx(float(b["loss"]), rel=1e-4)
-    a, b = checkpoint(one)["average"], checkpoint(two)["average"]
-    assert all(torch.allclose(a[k], b[k], atol=1e-3) for k in a)
-    assert sorted(contents(two)) == sorted(MADE) and output.count("classifier: step 4/4") == 2      # learner and judge
-
-
-# What goes wrong: exit status 2, one sentence, and nothing changes
+# ---- What goes wrong: exit status 2, one sentence, and nothing changes -------------------------------------------
 
 @pytest.mark.parametrize("changes, words", [
     (dict(dataset="cifar11"), ["cifar11", "shapes"]),
-    (dict(image_size=10, multipliers="1,2,2"), ["--image-size"]),
-    (dict(multipliers="1,x"), ["--multipliers"]),
+    (dict(image_size=18, multipliers="1,2,2"), ["--image-size"]),
     (dict(multipliers="1,0"), ["--multipliers"]),
     (dict(channels=6), ["--channels"]),
     (dict(steps=0), ["--steps", "0"]),
-    (dict(dropout=1.5), ["--dropout", "1.5"]),
+    (dict(dropout=1.5), ["--dropout"]),
     (dict(lr="nan"), ["--lr"]),
-    (dict(steps="many"), ["--steps"]),
-    (dict(sampler="euler"), ["--sampler", "ddim"]),
-    (dict(device="cuda:7"), ["cuda:7", "cpu"]),
+    (dict(accumulate=3), ["--batch-size", "--accumulate"]),
+    (dict(multipliers="1,x"), ["--multipliers"]),
+    (dict(sample_steps=1500), ["--sample-steps"]),
     (dict(device="toaster"), ["toaster", "cpu"]),
-    (dict(learning_speed=3), ["--learning-speed"])])
-def test_a_setting_that_cannot_be_is_named_and_makes_no_folder(tmp_path, capsys, changes, words):
-    refused(capsys, args(out=tmp_path / "run", **changes), *words)
+    (dict(dataset="folder", data_dir="nowhere"), ["nowhere", "--data-dir"])])
+def test_a_setting_that_cannot_be_is_named_and_makes_no_folder(script, tmp_path, capsys, changes, words):
+    refused(script, capsys, args(script, out=tmp_path / "run", **changes), *words)
     assert not list(tmp_path.iterdir())
 
+def edited(**changes):
+    def damage(folder):
+        saved = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**saved, **changes}))
+    return damage
 
-def test_a_batch_that_does_not_split_is_named(tmp_path, capsys):
-    refused(capsys, args(out=tmp_path / "run", accumulate=3, prototypes="random"), "--batch-size 8", "3")
-    assert not (tmp_path / "run" / "checkpoint.pt").exists()
+def replaced(change):
+    return lambda folder: torch.save(change(checkpoint(folder)), folder / "checkpoint.pt")
 
+DAMAGES = {
+    "truncated": (lambda folder: os.truncate(folder / "checkpoint.pt", 2000), "checkpoint.pt"),
+    "foreign": (replaced(lambda state: {"weights": torch.zeros(3)}), "checkpoint.pt"),
+    "another script's": (replaced(lambda state: {**state, "script": "otherdiffusion"}), "otherdiffusion"),
+    "another network": (edited(channels=16), "config.json"),
+    "another version": (edited(momentum=0.9), "another version"),
+    "half a config": (lambda folder: os.truncate(folder / "config.json", 20), "config.json"),
+    "no settings": (lambda folder: (folder / "config.json").write_text("[1, 2]"), "config.json")}
 
-def test_a_folder_without_classes_is_refused_with_advice(tmp_path, capsys):
-    for i in range(4):
-        Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / f"{i}.png")
-    refused(capsys, args(out=tmp_path / "run", dataset="folder", data_dir=tmp_path), tmp_path, "train/<class>")
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_or_foreign_run_is_refused_and_left_as_it_is(script, done, tmp_path, capsys, damage):
+    folder = shutil.copytree(done, tmp_path / "run")
+    change, word = DAMAGES[damage]
+    change(folder)
+    before = contents(folder)
+    for task in ("resume", "sample", "evaluate"):
+        refused(script, capsys, flags(**{task: folder}), word)
+        assert contents(folder) == before
 
-
-def test_a_folder_of_images_that_is_not_there_is_named(tmp_path, capsys):
-    arguments = args(out=tmp_path / "run", dataset="folder", data_dir=tmp_path / "nowhere")
-    refused(capsys, arguments, "nowhere", "--data-dir")
-
-
-@pytest.mark.parametrize("label", ["10", "-1", "hexagon", "1.5"])
-def test_a_label_that_is_no_class_is_named_with_the_classes(done, tmp_path, capsys, label):
-    refused(capsys, [*flags(sample=done, out=tmp_path / "s"), f"--labels={label}"], label, "0 to 9", "circle")
+def test_a_run_that_is_not_there_or_not_begun_is_named(script, done, tmp_path, capsys):
+    for task in ("resume", "sample", "evaluate"):
+        refused(script, capsys, flags(**{task: tmp_path / "nothing"}), "nothing")
     assert not list(tmp_path.iterdir())
-
-
-def copied(done, tmp_path):
-    folder = tmp_path / "run"
-    folder.mkdir()
-    for name in ("config.json", "checkpoint.pt", "log.csv"):
-        (folder / name).write_bytes((done / name).read_bytes())
-    return folder
-
-
-def damage_truncate(folder):
-    path = folder / "checkpoint.pt"
-    path.write_bytes(path.read_bytes()[:2000])
-
-
-def damage_noise(folder):
-    (folder / "checkpoint.pt").write_bytes(b"\x80\x02 this is no checkpoint")
-
-
-def damage_foreign(folder):
-    torch.save({"weights": torch.zeros(3)}, folder / "checkpoint.pt")
-
-
-def damage_tensor(folder):
-    torch.save(torch.zeros(3), folder / "checkpoint.pt")
-
-
-def damage_script(folder):
-    torch.save({**checkpoint(folder), "script": "otherdiffusion"}, folder / "checkpoint.pt")
-
-
-def damage_old(folder):
-    saved = checkpoint(folder)
-    del saved["log"]                                          # a format of earlier days
-    torch.save(saved, folder / "checkpoint.pt")
-
-
-def damage_network(folder):
-    saved = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**saved, "channels": 16}))
-
-
-def damage_config(folder):
-    (folder / "config.json").write_text('{"steps": ')
-
-
-def damage_config_list(folder):
-    (folder / "config.json").write_text("[1, 2]")
-
-
-def damage_no_config(folder):
-    (folder / "config.json").unlink()
-
-
-@pytest.mark.parametrize("action", ["resume", "sample", "evaluate"])
-@pytest.mark.parametrize("damage, word", [
-    (damage_truncate, "checkpoint.pt"), (damage_noise, "checkpoint.pt"), (damage_foreign, "checkpoint.pt"),
-    (damage_tensor, "checkpoint.pt"), (damage_script, "checkpoint.pt"), (damage_old, "checkpoint.pt"),
-    (damage_network, "config.json"), (damage_config, "config.json"), (damage_config_list, "config.json"),
-    (damage_no_config, "config.json")])
-def test_a_damaged_or_foreign_run_is_refused_and_left_as_it_is(done, tmp_path, capsys, action, damage, word):
-    folder = copied(done, tmp_path)
-    damage(folder)
-    before = {k: v for k, v in contents(folder).items()}
-    refused(capsys, flags(**{action: folder}, device="cpu"), word, folder)
-    after = contents(folder)
-    if "config.json" in after and damage is not damage_config:      # the same settings, whatever their layout
-        assert json.loads(after["config.json"]).items() >= json.loads(before["config.json"]).items() \
-            if damage is not damage_config_list else after["config.json"] == before["config.json"]
-    for name in ("checkpoint.pt", "log.csv"):
-        assert after[name] == before[name]
-    assert set(after) == set(before)
-
-
-@pytest.mark.parametrize("action", ["resume", "sample", "evaluate"])
-def test_a_run_that_is_not_there_is_named_and_not_made(tmp_path, capsys, action):
-    refused(capsys, flags(**{action: tmp_path / "nothing"}), "nothing")
-    assert not list(tmp_path.iterdir())
-
-
-def test_sampling_before_the_first_checkpoint_says_so(done, tmp_path, capsys):
-    folder = copied(done, tmp_path)
+    folder = shutil.copytree(done, tmp_path / "run")
     (folder / "checkpoint.pt").unlink()
-    refused(capsys, flags(sample=folder), "checkpoint.pt", "--resume")
+    refused(script, capsys, flags(sample=folder), folder, "checkpoint.pt", "--resume")
 
-
-@pytest.mark.parametrize("name, value", [
-    ("channels", 16), ("dataset", "cifar10"), ("image_size", 16), ("prototypes", "frozen"), ("prototype_dim", 4),
-    ("blocks", 2), ("timesteps", 500)])
-def test_a_setting_that_belongs_to_the_run_cannot_change_on_resuming(done, capsys, name, value):
+@pytest.mark.parametrize("name, value", [("channels", 16), ("dataset", "folder"), ("image_size", 32),
+                                         ("prototype_dim", 4), ("blocks", 2), ("timesteps", 500)])
+def test_a_setting_that_belongs_to_the_run_cannot_change(script, done, capsys, name, value):
     before = contents(done)
-    refused(capsys, flags(resume=done, **{name: value}), f"--{name.replace('_', '-')}", value, SETTINGS[name])
+    refused(script, capsys, flags(resume=done, **{name: value}), f"--{name.replace('_', '-')}", value, TINY[name])
     assert contents(done) == before
 
-
-def test_a_setting_that_does_not_belong_to_the_run_can_change(done, tmp_path, training_only):
-    folder = copied(done, tmp_path)
-    assert pd.main(flags(resume=folder, steps=8, lr=1e-3, channels=8)) == 0
-    assert checkpoint(folder)["step"] == 8
-    saved = json.loads((folder / "config.json").read_text())
-    assert saved["steps"] == 8 and saved["lr"] == 1e-3
-
-
-@pytest.mark.parametrize("changes", [
-    dict(accumulate=3),
-    dict(dataset="folder", data_dir="nowhere")])
-def test_a_resume_that_is_refused_leaves_config_json_as_it_was(
-        done, tmp_path, capsys, pictures, training_only, changes):
-    folder = copied(done, tmp_path)
-    if "dataset" in changes:
-        folder = tmp_path / "pictures"
-        assert pd.main(args(out=folder, dataset="folder", data_dir=pictures, prototypes="random", steps=2)) == 0
-    before = contents(folder)
-    refused(capsys, flags(resume=folder, **changes))
-    assert contents(folder) == before
-
-
-def test_a_run_in_full_precision_goes_on_in_half(done, tmp_path, training_only):
-    assert pd.main(flags(resume=copied(done, tmp_path), amp="fp16", steps=7)) == 0
-
-
-def test_a_config_with_a_word_for_a_number_is_refused(done, tmp_path, capsys):
-    folder = copied(done, tmp_path)
-    saved = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**saved, "steps": "many"}))
-    refused(capsys, flags(sample=folder), "config.json")
-
-
-def test_more_sampling_steps_than_noise_levels_are_refused_by_name(done, tmp_path, capsys):
-    refused(capsys, flags(sample=done, out=tmp_path / "s", sample_steps=1500, num_samples=1), "--sample-steps")
-
-
-def test_interrupted_sampling_gives_no_command_that_cannot_work(done, tmp_path, capsys, monkeypatch):
-    def stop(*a):
-        raise KeyboardInterrupt
-    monkeypatch.setattr(pd, "generate", stop)
-    assert pd.main(flags(sample=done, out=tmp_path / "s")) == 130
-    assert "--resume" not in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(),
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
                                    RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")])
-def test_memory_that_runs_out_is_one_sentence_with_what_to_lower(done, tmp_path, capsys, monkeypatch, error):
-    def fail(*a):
+def test_memory_that_runs_out_and_samples_that_are_no_numbers_are_explained_and_nothing_else(
+        script, done, tmp_path, capsys, monkeypatch, error):
+    def fail(*given, **options):
         raise error
-    monkeypatch.setattr(pd, "generate", fail)
-    refused(capsys, flags(sample=done, out=tmp_path / "s"), "memory", "--batch-size", "--sample-batch")
-
-
-def test_another_error_of_the_program_is_not_hidden(done, tmp_path, monkeypatch):
-    def fail(*a):
-        raise RuntimeError("shape mismatch")
-    monkeypatch.setattr(pd, "generate", fail)
+    sampling = flags(sample=done, out=tmp_path / "s")
+    monkeypatch.setattr(script, "sample", fail)
+    refused(script, capsys, sampling, "memory", "--batch-size", "--sample-batch")
+    error = RuntimeError("shape mismatch")
     with pytest.raises(RuntimeError, match="shape mismatch"):
-        pd.main(flags(sample=done, out=tmp_path / "s"))
+        script.main(sampling)
+    monkeypatch.setattr(script, "sample", lambda predict, xT, *given, **options: xT * math.nan)
+    refused(script, capsys, sampling, "--amp", "--lr")
 
-
-def test_a_folder_that_may_not_be_made_is_named(tmp_path, capsys, monkeypatch):
-    def refuse(self, *a, **k):
-        raise PermissionError(13, "Permission denied", str(self))
-    monkeypatch.setattr(pd.Path, "mkdir", refuse)
-    refused(capsys, args(out=tmp_path / "run"), tmp_path / "run", "Permission denied")
-
-
-def test_a_disk_that_is_full_is_named(tmp_path, capsys, monkeypatch):
+def test_a_folder_that_may_not_be_made_and_a_full_disk_are_named(script, tmp_path, capsys, monkeypatch):
     def full(content, path, **k):
         raise OSError(28, "No space left on device")
-    monkeypatch.setattr(torch, "save", full)
-    refused(capsys, args(out=tmp_path / "run", prototypes="random"), "checkpoint.pt", "No space left")
 
+    def refuse(self, *a, **k):
+        raise PermissionError(13, "Permission denied", str(self))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        refused(script, capsys, args(script, out=tmp_path / "run"), "checkpoint.pt", "No space left")
+    monkeypatch.setattr(script.Path, "mkdir", refuse)
+    refused(script, capsys, args(script, out=tmp_path / "other"), tmp_path / "other", "Permission denied")
 
-# Gradients that are no numbers
-
-class Planted:
-    """The method's loss, but NaN in the given steps; every state that is saved is kept."""
-
-    def __init__(self, monkeypatch, folder, bad, **changes):
-        folder.mkdir()
-        settings = {**SETTINGS, "save_every": 1, "log_every": 1, "prototypes": "random", **changes}
-        self.folder, self.cfg, self.states, self.step = folder, pd.Config(**settings), [], -1
-        whole = pd.random_batches
-
-        def batches(cfg, images, targets, step, device):
-            self.step = step
-            return whole(cfg, images, targets, step, device)
-
-        def loss(net, batch, abar):
-            losses = pd.protodiffusion_loss(self.cfg, net, batch, abar)
-            return {"loss": losses["loss"] * (float("nan") if self.step in bad else 1)}
-
-        def keep(content, path):
-            memory = io.BytesIO()
-            torch.save(content, memory)
-            memory.seek(0)
-            self.states.append(torch.load(memory, weights_only=True))
-            path.write_bytes(memory.getvalue())
-        monkeypatch.setattr(pd, "random_batches", batches)
-        monkeypatch.setattr(pd, "save_safely", keep)
-        data = pd.load_dataset("shapes", "train", 8)
-        device = torch.device("cpu")
-        extra = pd.stage_one(self.cfg, [data] * 2, device, folder)
-        torch.manual_seed(0)
-        self.run = lambda: pd.train(self.cfg, self.cfg.build(extra), data.images, extra["rows"], loss, folder,
-                                    extra, device)
-
-
-@pytest.mark.parametrize("amp", ["off", "fp16"])
-def test_a_gradient_that_is_no_number_changes_no_weight_and_no_moment(tmp_path, monkeypatch, amp):
-    planted = Planted(monkeypatch, tmp_path / "run", {3}, amp=amp)
-    planted.run()
-    states = planted.states                                         # after 0, 1, 2, ... steps
-    assert [s["step"] for s in states] == list(range(7))
-    assert same(states[3]["model"], states[4]["model"])
-    assert same(states[3]["optimizer"]["state"], states[4]["optimizer"]["state"])
-    assert all(v.isfinite().all() for v in states[-1]["model"].values())
-    if amp == "off":
-        assert [row["skipped steps"] for row in log(planted.folder)] == ["0", "0", "0", "1", "1", "1"]
-        assert not any(same(states[i]["model"], states[i + 1]["model"]) for i in (0, 1, 2, 4))
-    else:
-        assert int(log(planted.folder)[-1]["skipped steps"]) >= 1
-        assert states[4]["scaler"]["scale"] < states[3]["scaler"]["scale"]
-
-
-def test_gradients_that_are_never_numbers_end_the_run_with_sound_weights(tmp_path, monkeypatch):
-    planted = Planted(monkeypatch, tmp_path / "run", set(range(100)), steps=60)
-    with pytest.raises(pd.Stop, match=r"31 gradients.*checkpoint\.pt.*--lr"):
-        planted.run()
-    assert same(planted.states[0]["model"], planted.states[-1]["model"])
-    assert all(v.isfinite().all() for v in checkpoint(planted.folder)["average"].values())
-    assert len(log(planted.folder)) == 31
-
-
-def test_thirty_bad_gradients_in_all_but_not_in_a_row_are_survived(tmp_path, monkeypatch):
-    planted = Planted(monkeypatch, tmp_path / "run", set(range(0, 40)) - {20}, steps=42, save_every=50)
-    planted.run()
-    assert log(planted.folder)[-1]["skipped steps"] == "39"
-    planted.cfg.steps = 44                                          # goes on, and does not forget them
-    planted.run()
-    assert log(planted.folder)[-1]["skipped steps"] == "39"
-
-
-# The script itself
+# ---- The scripts themselves -------------------------------------------------------------------------------------
 
 def test_importing_changes_nothing_for_the_importer(tmp_path):
-    code = ("import os, random, signal, torch, numpy, matplotlib\n"
-            "random.seed(1); numpy.random.seed(1); torch.manual_seed(1)\n"
-            "def state():\n"
-            "    return (random.getstate(), str(numpy.random.get_state()), torch.get_rng_state().tolist(),\n"
-            "            torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_float32_matmul_precision(),\n"
-            "            torch.backends.cudnn.benchmark, torch.backends.cuda.flash_sdp_enabled(),\n"
-            "            torch.get_num_threads(),\n"
-            "            signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM), sorted(os.environ),\n"
-            "            dict.__getitem__(matplotlib.rcParams, 'backend'))\n"
-            "before = state()\n"
-            "import protodiffusion, sys\n"
-            "assert state() == before\n"
-            "assert 'matplotlib.pyplot' not in sys.modules and not os.listdir()\n")
-    found = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)},
-                           capture_output=True, text=True)
+    code = """import os, random, signal, sys, torch, numpy, matplotlib
+def state():
+    return (random.getstate(), str(numpy.random.get_state()), torch.get_rng_state().tolist(), torch.is_grad_enabled(),
+            torch.get_default_dtype(), torch.get_float32_matmul_precision(), torch.get_num_threads(),
+            torch.backends.cudnn.benchmark, torch.backends.cuda.flash_sdp_enabled(), sorted(os.environ),
+            dict.__getitem__(matplotlib.rcParams, 'backend'), signal.getsignal(signal.SIGINT))
+before = state()
+for name in sys.argv[1:]:
+    __import__(name)
+assert state() == before and 'matplotlib.pyplot' not in sys.modules and not os.listdir()
+"""
+    found = subprocess.run([sys.executable, "-c", code, *SCRIPTS], cwd=tmp_path, capture_output=True, text=True,
+                           env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert found.returncode == 0 and not found.stdout, found.stdout + found.stderr
 
-
-def test_help_lists_every_setting_with_its_default(capsys):
+def test_help_lists_every_setting_with_its_meaning_and_default(script, capsys):
     with pytest.raises(SystemExit) as stop:
-        pd.main(["--help"])
-    text = capsys.readouterr().out
+        script.main(["--help"])
+    words = re.sub(r"\s+", " ", capsys.readouterr().out)
     assert stop.value.code == 0
-    words = re.sub(r"\s+", " ", text)
-    for name, field in pd.Config.__dataclass_fields__.items():
-        if name in SETTINGS or field.metadata:
-            assert f"--{name.replace('_', '-')}" in text, name
-            assert f"[{field.default}]" in words, name
+    for field in dataclasses.fields(script.Config):
+        flag, default = f"--{field.name.replace('_', '-')}", re.escape(f"[{field.default}]")
+        assert re.search(rf"{flag}\b[^\[]{{9,}}{default}", words), f"{flag}: meaning and default"
+
+# ---- What only ProtoDiffusion's runs do: the others' are in their own files --------------------------------------
+
+@pytest.fixture
+def pd(script):
+    if script.SCRIPT != "protodiffusion":
+        pytest.skip("of ProtoDiffusion alone")
+    return script
+
+def begun(pd, folder, **changes):
+    """The checkpoint of step 0."""
+    folder.mkdir()
+    cfg = config(pd, **changes)
+    pd.new_run(cfg, pd.load_sets(cfg), folder, CPU)
+    return checkpoint(folder)
+
+def test_three_ways_to_start_share_their_network_and_stage_1(pd, tmp_path, monkeypatch):
+    frozen, unfrozen = (begun(pd, tmp_path / name, prototypes=name) for name in ("frozen", "unfrozen"))
+    monkeypatch.setattr(pd, "fit", lambda *a: pytest.fail("random prototypes need no stage 1"))
+    random = begun(pd, tmp_path / "random", prototypes="random")
+    assert same(frozen["model"], unfrozen["model"]) and frozen["known"]["figures"] == unfrozen["known"]["figures"]
+    table, noise = (state["model"].pop("table.weight") for state in (unfrozen, random))
+    assert same(random["model"], unfrozen["model"]) and table.shape == noise.shape == (10, 8)
+    assert table.square().mean() == pytest.approx(1, abs=1e-4) and abs(noise.std() - 1) < 0.3
+    assert set(unfrozen["known"]["figures"]) == {"stage1_accuracy", "prototype_norm", "prototype_distance"}
+    assert (tmp_path / "frozen/prototypes.png").exists() and not (tmp_path / "random/prototypes.png").exists()
+
+def test_each_image_trains_the_nearest_prototype_of_its_class(pd, tmp_path, monkeypatch):
+    learners, learn = [], pd.learn_prototypes
+    monkeypatch.setattr(pd, "learn_prototypes", lambda *a: learners.append(learn(*a)) or learners[-1])
+    state, data = begun(pd, tmp_path / "run", prototypes_per_class=2), pd.load_dataset("shapes", "train", 16)
+    targets, own = state["known"]["targets"], learners[0].prototypes[data.labels]                # [N, K, D]
+    z = pd.features_of(learners[0], data.images, CPU)
+    nearest = (z[:, None] - own).square().sum(-1).argmin(1)
+    assert targets.equal(2 * data.labels + nearest) and 0 < nearest.float().mean() < 1
+    assert close(state["model"]["table.weight"], pd.class_table(learners[0].prototypes, "rms"))
+
+def test_samples_show_the_labels_asked_for(pd, done, tmp_path, capsys):
+    assert pd.main([*flags(sample=done, num_samples=5, out=tmp_path / "s"), "--labels=star, 3"]) == 0
+    labels = samples(tmp_path / "s")[1]
+    assert set(labels) == {3, 9} and len(labels) == 5
+    for label in ("10", "hexagon", "1.5"):
+        refused(pd, capsys, [*flags(sample=done, out=tmp_path / "t"), f"--labels={label}"], label, "0 to 9", "circle")
+    assert not (tmp_path / "t").exists()
+
+def test_without_classes_there_are_no_prototypes_to_learn(pd, tmp_path, capsys):
+    for i in range(4):
+        Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / f"{i}.png")
+    refused(pd, capsys, args(pd, out=tmp_path / "run", dataset="folder", data_dir=tmp_path), "train/<class>")
+    assert not (tmp_path / "run").exists()
+
+def test_conditions_sampled_together_are_guided_and_seeded_by_their_batch(pd, done, monkeypatch):
+    run, calls, guided = pd.load_run(done, "cpu"), [], pd.guided_noise
+
+    def note(model, x, t, condition, null, w):
+        calls.append((condition.tolist(), null.tolist(), w, x[0, 0, 0, 0].item()))
+        return guided(model, x, t, condition, null, w)
+    monkeypatch.setattr(pd, "guided_noise", note)
+    cfg = dataclasses.replace(run.config, sample_batch=2, sample_steps=1, guidance=0.5)
+    trace = []
+    images = pd.generate(cfg, run, torch.tensor([3, -1, 5]), trace)
+    assert [call[:3] for call in calls] == [([3, -1], [-1, -1], 0.5), ([5], [-1], 0.5)]
+    assert calls[0][3] != calls[1][3], "each batch starts from its own noise"
+    assert images.shape == (3, 3, 16, 16) and images.dtype == torch.uint8 and [t for t, _ in trace] == [999, 999]
