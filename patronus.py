@@ -1408,6 +1408,7 @@ def draw_grid(path, images, rows, title, columns=(), size=0.55):
     axes.set_yticks(centres[:len(rows)], rows)
     axes.set_xticks(centres[:len(columns)], columns, fontsize="small")
     axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
     fig.suptitle(title, fontsize="medium", wrap=True)
     fig.savefig(path, dpi=130)
 

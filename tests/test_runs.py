@@ -374,6 +374,7 @@ def test_finished_runs_are_compared_and_others_refused(script, done, tmp_path, c
     (dict(accumulate=3), ["--batch-size", "--accumulate"]),
     (dict(multipliers="1,x"), ["--multipliers"]),
     (dict(sample_steps=1500), ["--sample-steps"]),
+    (dict(timesteps=20), ["noise levels", "21"]),
     (dict(device="toaster"), ["toaster", "cpu"]),
     (dict(dataset="folder", data_dir="nowhere"), ["nowhere", "--data-dir"])])
 def test_a_setting_that_cannot_be_is_named_and_makes_no_folder(script, tmp_path, capsys, changes, words):
@@ -517,7 +518,7 @@ def test_samples_show_the_labels_asked_for(pd, done, tmp_path, capsys):
     assert pd.main([*flags(sample=done, num_samples=5, out=tmp_path / "s"), "--labels=star, 3"]) == 0
     labels = samples(tmp_path / "s")[1]
     assert set(labels) == {3, 9} and len(labels) == 5
-    for label in ("10", "hexagon", "1.5"):
+    for label in ("10", "-1", "hexagon", "1.5"):
         refused(pd, capsys, [*flags(sample=done, out=tmp_path / "t"), f"--labels={label}"], label, "0 to 9", "circle")
     assert not (tmp_path / "t").exists()
 
