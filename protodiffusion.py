@@ -552,7 +552,7 @@ def train(cfg, sets, folder, device):
     net = nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
     forward = torch.compile(net, dynamic=False) if cfg.compile else net
     history = []                                        # losses since the last row of the log
-    skipped = torch.zeros(2, device=device)             # skipped steps: in total, latest in a row
+    skipped = torch.tensor([run.log["skipped"], 0.0], device=device)    # steps: total, in a row
     with interruptible() as interrupts:
         for step in range(run.step, cfg.steps):
             clock = time.perf_counter()
@@ -585,8 +585,9 @@ def train(cfg, sets, folder, device):
             progress(f"step {now}/{cfg.steps}  loss {row['loss']:.4f}  {left:.1f} min left", "\n")
             check(skipped[1] <= 30, "more than 30 gradients in a row were not finite, and no step "
                   "was taken: --resume with a lower --lr, or with --amp bf16 or off")
+            run.log["skipped"] = skipped[0].item()
             row.update(step=now, lr=learning_rate(step, cfg), seconds=run.log["seconds"],
-                       skipped=skipped[0].item())
+                       skipped=run.log["skipped"])
             run.log["rows"].append(row)
             if RANK == 0:
                 if measured:
@@ -759,19 +760,23 @@ def load_dataset(name, split="train", image_size=None, data_dir="data"):
         n, seed = SHAPE_SPLITS[split]
         return make_shapes(n, size, seed)
     root = Path(data_dir)
-    with explained(f"{name} cannot be read in {root}: check --data-dir and the network"):
-        items, classes = data_sets[name](root, split == "train")
-    images = torch.empty(len(items), 3, size, size, dtype=torch.uint8)
-    labels = torch.empty(len(items), dtype=torch.int64)
-    def fetch(i):
-        image, labels[i] = items[i]
-        images[i] = decode(image, size)
+    def open_set():
+        with explained(f"{name} cannot be read in {root}: check --data-dir and the network"):
+            return data_sets[name](root, split == "train")
+    key = []
+    if name == "folder":                                # its files may change
+        items, classes = open_set()
+        key = [*classes, *(f"{path} {path.stat().st_mtime_ns}" for path, _ in items)]
     def make():
+        items, classes = open_set()
+        images = torch.empty(len(items), 3, size, size, dtype=torch.uint8)
+        labels = torch.empty(len(items), dtype=torch.int64)
+        def fetch(i):
+            image, labels[i] = items[i]
+            images[i] = decode(image, size)
         with ThreadPoolExecutor() as pool:
             list(pool.map(fetch, range(len(items))))    # as a list it raises what fetch raises
         return dict(images=images, labels=labels if classes else None, classes=classes)
-    files = [path for path, _ in items] if name == "folder" else []
-    key = [*classes, *(f"{path} {path.stat().st_mtime_ns}" for path in files)]
     return Dataset(**cached(root / f"prototype-{name}-{split}-{size}.pt", key, make))
 
 def load_sets(cfg):
@@ -1118,7 +1123,10 @@ def save_safely(content, path):
             temporary.unlink(missing_ok=True)
 
 def save_json(content, path):
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    """Write a .json file by way of a temporary neighbour, like save_safely."""
+    temporary = Path(f"{path}.tmp")
+    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
 
 def read_json(path):
     """The dict in a run's .json file. Raises Stop if there is none."""
@@ -1226,7 +1234,7 @@ def new_run(cfg, sets, folder, device):
     model = cfg.build(known)
     known.update(model.begin(cfg, sets, folder, device))
     known["seconds"] = time.perf_counter() - start
-    log = dict(rows=[], seconds=0.0)
+    log = dict(rows=[], seconds=0.0, skipped=0.0)
     save_checkpoint(folder, 0, known, log, dict(model=model, average=model))
 
 def train_run(cfg, given, device, load=load_sets):
@@ -1320,7 +1328,7 @@ def compare(folders, out):
     runs = []
     for folder in folders:
         run = read_json(Path(folder, "metrics.json"))
-        trained = run.get("script") == SCRIPT and run["log"]
+        trained = run.get("script") == SCRIPT and run.get("log")
         check(trained, f"{folder} is not a trained run of this version of {SCRIPT}.py")
         runs.append(run)
     differ = [name for name, value in runs[0]["settings"].items()
@@ -1382,7 +1390,8 @@ def read_settings(given):
             least = min(1, defaults[name]) if type(value) is int and name != "attention" else 0
             check(value >= least, f"{flag} must be at least {least}")
         if saved and names.index(name) < names.index("steps") and name != "data_dir":
-            check(value == saved[name], f"{flag}: the run has {saved[name]}, start a new one")
+            wanted = saved.get(name)
+            check(value == wanted, f"{flag}: the run has {wanted}, start a new one")
     check(re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", cfg.multipliers) and cfg.channels % 4 == 0
           and cfg.image_size % 2 ** cfg.multipliers.count(",") == 0, "give --multipliers like "
           "1,2,2,2, --image-size divisible by 2 at every comma, --channels divisible by 4")
@@ -1390,7 +1399,7 @@ def read_settings(given):
           "--batch-size does not divide by the processes times the passes (--accumulate)")
     alpha_bars(cfg.timesteps)                           # raises Stop if they are too few
     check(cfg.sample_steps <= cfg.timesteps, "--sample-steps cannot be more than --timesteps")
-    for name in ("dropout", "warmup", "null_prob", "hide", "bias", "emphasis"):
+    for name in ("dropout", "warmup", "null_prob", "unfreeze_at", "hide", "bias", "emphasis"):
         check(getattr(cfg, name, 0) <= 1, f"--{name.replace('_', '-')} cannot be more than 1")
     return cfg
 
@@ -1406,7 +1415,7 @@ def exit_status(task, given):
     except (Stop, OSError) as error:
         fault = error
     except (RuntimeError, MemoryError) as error:
-        if "allocate" not in str(error):
+        if isinstance(error, RuntimeError) and "allocate" not in str(error):
             raise
         fault = "memory ran out: lower --batch-size, --sample-batch or raise --accumulate"
     print(f"\n{SCRIPT}: {fault}", file=sys.stderr)
