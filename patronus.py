@@ -71,7 +71,7 @@ class Config:
     dataset: Literal["shapes", "folder", "fashion-mnist", "cifar10", "celeba"] = "shapes"  # images
     data_dir: str = "data"          # where data lie or are downloaded to; the folder of images
     image_size: int = 32            # side of the images, pixels
-    bias: float = 0.5               # shapes: P(dot exactly if warm hue); 0.5: independent
+    bias: float = 0.5               # shapes: P(dot and warm hue, or neither); 0.5: independent
     # prototypes
     num_prototypes: int = 64        # m, number of prototypes
     prototype_dim: int = 32         # D, numbers in a prototype and in a patch's feature
@@ -237,8 +237,8 @@ class Patronus(nn.Module):
 
     def denoise(self, xt, t, s, hide=0.0):
         """xt [B, C, H, W], t [B] in 0..T-1, s [B, m] -> the predicted noise, [B, C, H, W].
-        hide: probability that an activation is set to its mean, 0 (the rest grow by 1/(1 - hide)).
-        choice: prototypes of one pattern vary together; given all, the denoiser may ignore some."""
+        hide: probability that a standardised activation is set to 0, its mean; the rest grow by
+        1/(1 - hide). choice: prototypes vary together; given all, the denoiser may ignore some."""
         condition = F.dropout((s - self.mean) / self.std, hide)
         return self.unet(xt, t, self.mlp(condition))
 
@@ -258,7 +258,7 @@ class Patronus(nn.Module):
                     spread_of_s=s.std(0, correction=0).mean())
 
     def param_groups(self, cfg):
-        """For `train`: lr = factor * cfg.lr, from the fraction start of the steps on."""
+        """For `train`. lr is factor * cfg.lr, but 0 for the first fraction `start` of the steps."""
         slow = [*self.encoder.parameters(), self.prototypes]
         network = [*self.unet.parameters(), *self.mlp.parameters()]
         return [dict(params=slow, factor=cfg.encoder_lr, start=0.0),
@@ -405,9 +405,9 @@ def ddpm_step(x, x0, a, a_next, noise):
 def dpmpp_step(x, x0, a, a_next, x0_before=None, a_before=None):
     """DPM-Solver++(2M) (Lu et al. 2022, alg. 2), with lambda = log(sqrt(a) / sqrt(1 - a)).
     With h = lambda_next - lambda: sqrt((1 - a_next) / (1 - a)) x - sqrt(a_next) (exp(-h) - 1) D.
-    First order: D = x0. Second: D = (1 + 1 / (2r)) x0 - x0_before / (2r), where r h = lambda -
-    lambda_before. The first step (no x0_before) and the last (a_next = 1, where lambda is infinite)
-    are of first order."""
+    First order: D = x0. Second: D = (1 + 1 / (2r)) x0 - x0_before / (2r), with
+    r = (lambda - lambda_before) / h. The first step (no x0_before) and the last (a_next = 1, where
+    lambda is infinite) are of first order."""
     def half_log_snr(a):                                # lambda
         return 0.5 * (a.log() - (1 - a).log())
     h = half_log_snr(a_next) - half_log_snr(a)
@@ -426,7 +426,7 @@ def sample(predict, xT, abar, steps=20, sampler="dpmpp", clip=True, generator=No
     x = xT
     before = ()                                         # x0 and abar of the step before, for dpmpp
     times = sample_times(len(abar), steps)
-    levels = [*abar.cpu()[times], torch.ones(())]       # on the CPU: comparing needs no sync
+    levels = [*abar.cpu()[times], torch.ones(())]       # on the CPU: a_next < 1 needs no GPU sync
     for t, a, a_next in zip(times, levels, levels[1:]):
         eps = predict(x, torch.full((len(x),), t, device=x.device))
         x0 = (x - (1 - a).sqrt() * eps) / a.sqrt()      # DDPM eq. 4, solved for x0
@@ -468,7 +468,7 @@ def time_embedding(t, dim):
     return torch.cat([angle.sin(), angle.cos()], dim=1)
 
 def group_norm(channels):
-    """4 channels or more a group: in a group alone, a channel would lose its mean, hence colour."""
+    """At least 4 channels a group: a channel normalised alone loses its mean, and so its colour."""
     return nn.GroupNorm(math.gcd(32, channels // 4), channels)
 
 def zeroed(layer):
@@ -525,7 +525,7 @@ class UNet(nn.Module):
     starts at zero."""
     def __init__(self, image_channels, cfg):
         super().__init__()
-        c = cfg.channels                                # of the current level
+        c = cfg.channels                                # of the features so far
         E = self.emb_dim = 4 * c
         self.time_mlp = nn.Sequential(nn.Linear(c, E), nn.SiLU(), nn.Linear(E, E))
         widths = [c * int(factor) for factor in cfg.multipliers.split(",")]
@@ -534,7 +534,7 @@ class UNet(nn.Module):
             return Stage([ResBlock(c_in, c_out, E, cfg.dropout), *attend])
         self.down = nn.ModuleList()
         skips = []                                      # channels of the skip connections
-        c_in = image_channels                           # into the level; later equal to c
+        c_in = image_channels                           # into the level: the image's, then c
         for level, width in enumerate(widths):          # all levels but the first halve the image
             self.down.append(Stage([nn.Conv2d(c_in, c, 3, stride=1 + (level > 0), padding=1)]))
             skips.append(c)
@@ -680,7 +680,7 @@ def train(cfg, sets, folder, device):
             measured = cfg.eval_every > 0 and (last or now % cfg.eval_every == 0)
             saved = last or stopping or measured or now % cfg.save_every == 0
             row = mean_losses(history) if saved else {}
-            if not cfg.compile or step > run.step:      # not the compiling step, nor what follows
+            if not cfg.compile or step > run.step:      # seconds exclude compiling and lines below
                 run.log["seconds"] += time.perf_counter() - clock
             if not saved:
                 continue
@@ -759,7 +759,7 @@ def vary(cfg, run, images, n):
 def spherical(a, b, share):
     """Spherical interpolation (Shoemake 1985): noise a, b [C, H, W], share [n] -> [n, C, H, W].
     (sin((1 - share) angle) a + sin(share angle) b) / sin(angle); angle: between a and b as vectors.
-    Its cosine is kept within +-0.9999: there this is as good as linear, and no sine is 0."""
+    Its cosine is kept within +-0.9999, so that no sine is 0; near 1 this is as good as linear."""
     angle = F.cosine_similarity(a.flatten(), b.flatten(), dim=0).clamp(-0.9999, 0.9999).acos()
     share = share[:, None, None, None]
     return (torch.sin((1 - share) * angle) * a + torch.sin(share * angle) * b) / torch.sin(angle)
@@ -830,20 +830,20 @@ def emergence(cfg, run, s, steps=50):
         return eps
     steps = min(steps, cfg.timesteps)
     cfg = dataclasses.replace(cfg, sampler="ddim", sample_steps=steps, sample_batch=len(s))
-    render(cfg, run, s, denoise=record)
+    render(cfg, run, s, denoise=record)                 # one batch: record runs once a step
     return times, torch.stack(predicted)
 
 def emerged_at(course, share=0.9):
     """course [steps, m] -> [m]: the step from which s_j stays >= share of its end (choice: 0.9)."""
     below = course < share * course[-1]
-    return (torch.arange(1, len(course) + 1)[:, None] * below).amax(0)
+    return (torch.arange(1, len(course) + 1)[:, None] * below).amax(0)      # 1 + the last below
 
 def switch(cfg, run, s_a, s_b, at):
     """Images from random noise, given s_a [N, m] while t >= at, and s_b below."""
     def switching(x, t, both):
         first, second = both.chunk(2, dim=1)
         return run.model.denoise(x, t, torch.where((t >= at)[:, None], first, second))
-    return render(cfg, run, torch.cat([s_a, s_b], 1), denoise=switching)    # split alike
+    return render(cfg, run, torch.cat([s_a, s_b], 1), denoise=switching)    # batched as one s
 
 # exercise
 def choose_movers(s, known, a, b, n=3):
@@ -858,10 +858,10 @@ def choose_movers(s, known, a, b, n=3):
 
 def diagnose(cfg, run, judge, data, most=300):
     """Does cfg.attribute drag cfg.watch along? On held-out data -> figures, and what to look at.
-    The movers are set to their mean over images of the opposite class of the attribute, the other
-    activations go by `company` of these images, which are balanced: only the model ties the traits.
-    Before and after share their random noise. leak: mean change of P(watch) / that of P(attribute),
-    signed so that the intended change is positive; 95 % interval from a bootstrap of images."""
+    The movers are set to their mean over images of the opposite class of the attribute; the other
+    activations go by `company` of all held-out images. There the traits are independent, so what
+    ties them is the model. Before and after share their random noise. leak: mean change of P(watch)
+    / that of P(attribute), both negated where the image had it; 95 % bootstrap interval."""
     a, b = watched_traits(cfg, data)
     known, _ = traits(data)
     s = activations(run, data.images)
@@ -870,7 +870,7 @@ def diagnose(cfg, run, judge, data, most=300):
     means = torch.stack([s[has].mean(0), s[~has].mean(0)])[:, movers]       # [2, 3]
     some = shuffled(len(s), min(most, len(s)), cfg.seed, "diagnosis")
     has = has[some]
-    edited = set_activations(s[some], movers, means[has.long()], s)         # row 1 where it has
+    edited = set_activations(s[some], movers, means[has.long()], s)         # has it: mean without
     images = [render(cfg, run, s[some]), render(cfg, run, edited)]
     before, after = (judge_traits(judge, part, run.device)[0][:, [a, b]] for part in images)
     change = torch.where(has, -1, 1)[:, None] * (after - before)            # [N, 2]

@@ -158,7 +158,7 @@ def prototype_loss(d, y):
     return d.amin(-1).gather(1, y[:, None]).mean()
 
 def nearest_prototypes(z, prototypes):
-    """z [N, D], prototypes [C, K, D] -> the nearest in each class: distances and k < K, [N, C]."""
+    """z [N, D], prototypes [C, K, D] -> each class's nearest: its distance, its k, both [N, C]."""
     return torch.cdist(z, prototypes.flatten(0, 1)).view(len(z), *prototypes.shape[:2]).min(-1)
 
 def learn_prototypes(data, cfg, device):
@@ -199,7 +199,7 @@ class ProtoDiffusion(nn.Module):
         return self.unet(xt, t, added)
 
     def forward(self, batch, abar, cfg):
-        """The noise loss of a Batch (see Training): batch.target is the row, -1 at null_prob."""
+        """The noise loss of a Batch (see Training); row: batch.target, or -1 at rate null_prob."""
         row = torch.where(batch.chance < cfg.null_prob, -1, batch.target)
         return {"loss": noise_loss(self.denoise, batch.x0, row, batch.t, batch.eps, abar)}
 
@@ -296,9 +296,9 @@ def ddpm_step(x, x0, a, a_next, noise):
 def dpmpp_step(x, x0, a, a_next, x0_before=None, a_before=None):
     """DPM-Solver++(2M) (Lu et al. 2022, alg. 2), with lambda = log(sqrt(a) / sqrt(1 - a)).
     With h = lambda_next - lambda: sqrt((1 - a_next) / (1 - a)) x - sqrt(a_next) (exp(-h) - 1) D.
-    First order: D = x0. Second: D = (1 + 1 / (2r)) x0 - x0_before / (2r), where r h = lambda -
-    lambda_before. The first step (no x0_before) and the last (a_next = 1, where lambda is infinite)
-    are of first order."""
+    First order: D = x0. Second: D = (1 + 1 / (2r)) x0 - x0_before / (2r), with
+    r = (lambda - lambda_before) / h. The first step (no x0_before) and the last (a_next = 1, where
+    lambda is infinite) are of first order."""
     def half_log_snr(a):                                # lambda
         return 0.5 * (a.log() - (1 - a).log())
     h = half_log_snr(a_next) - half_log_snr(a)
@@ -317,7 +317,7 @@ def sample(predict, xT, abar, steps=20, sampler="dpmpp", clip=True, generator=No
     x = xT
     before = ()                                         # x0 and abar of the step before, for dpmpp
     times = sample_times(len(abar), steps)
-    levels = [*abar.cpu()[times], torch.ones(())]       # on the CPU: comparing needs no sync
+    levels = [*abar.cpu()[times], torch.ones(())]       # on the CPU: a_next < 1 needs no GPU sync
     for t, a, a_next in zip(times, levels, levels[1:]):
         eps = predict(x, torch.full((len(x),), t, device=x.device))
         x0 = (x - (1 - a).sqrt() * eps) / a.sqrt()      # DDPM eq. 4, solved for x0
@@ -364,7 +364,7 @@ def time_embedding(t, dim):
     return torch.cat([angle.sin(), angle.cos()], dim=1)
 
 def group_norm(channels):
-    """4 channels or more a group: in a group alone, a channel would lose its mean, hence colour."""
+    """At least 4 channels a group: a channel normalised alone loses its mean, and so its colour."""
     return nn.GroupNorm(math.gcd(32, channels // 4), channels)
 
 def zeroed(layer):
@@ -421,7 +421,7 @@ class UNet(nn.Module):
     starts at zero."""
     def __init__(self, image_channels, cfg):
         super().__init__()
-        c = cfg.channels                                # of the current level
+        c = cfg.channels                                # of the features so far
         E = self.emb_dim = 4 * c
         self.time_mlp = nn.Sequential(nn.Linear(c, E), nn.SiLU(), nn.Linear(E, E))
         widths = [c * int(factor) for factor in cfg.multipliers.split(",")]
@@ -430,7 +430,7 @@ class UNet(nn.Module):
             return Stage([ResBlock(c_in, c_out, E, cfg.dropout), *attend])
         self.down = nn.ModuleList()
         skips = []                                      # channels of the skip connections
-        c_in = image_channels                           # into the level; later equal to c
+        c_in = image_channels                           # into the level: the image's, then c
         for level, width in enumerate(widths):          # all levels but the first halve the image
             self.down.append(Stage([nn.Conv2d(c_in, c, 3, stride=1 + (level > 0), padding=1)]))
             skips.append(c)
@@ -576,7 +576,7 @@ def train(cfg, sets, folder, device):
             measured = cfg.eval_every > 0 and (last or now % cfg.eval_every == 0)
             saved = last or stopping or measured or now % cfg.save_every == 0
             row = mean_losses(history) if saved else {}
-            if not cfg.compile or step > run.step:      # not the compiling step, nor what follows
+            if not cfg.compile or step > run.step:      # seconds exclude compiling and lines below
                 run.log["seconds"] += time.perf_counter() - clock
             if not saved:
                 continue
