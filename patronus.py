@@ -67,7 +67,7 @@ WORLD = int(os.environ.get("WORLD_SIZE", 1))
 
 @dataclasses.dataclass
 class Config:
-    """Every setting is a flag; its comment is its help. Numbers are at least 0."""
+    """Every setting is a flag; its comment is its help."""
     dataset: Literal["shapes", "folder", "fashion-mnist", "cifar10", "celeba"] = "shapes"  # images
     data_dir: str = "data"          # where data lie or are downloaded to; the folder of images
     image_size: int = 32            # side of the images, pixels

@@ -66,7 +66,7 @@ Sets = Literal["shapes", "folder", "cifar10", "stl10", "eurosat", "tiny-imagenet
 
 @dataclasses.dataclass
 class Config:
-    """Every setting is a flag; its comment is its help. Numbers are at least 0."""
+    """Every setting is a flag; its comment is its help."""
     dataset: Sets = "shapes"        # the images: built-in shapes, a folder, or a published set
     data_dir: str = "data"          # where data lie or are downloaded to; or the folder of images
     image_size: int = 16            # side of the images, pixels, 16 or more

@@ -505,7 +505,7 @@ def test_editing_sets_activations_of_an_image(done, tmp_path, capsys):
     assert f"s_2: {s[0, 2]:.2f}, set to 3.50" in capsys.readouterr().out
     s[0, 2], s[0, 0] = 3.5, 0
     assert close(pt.decode(out / "edited.png", 16), pt.render(run.config, run, s, xT)[0], atol=1)
-    for bad in ("", "2=much", "8=1", "1.5=2", "2=nan"):
+    for bad in ("", "2=much", "8=1", "-1=2", "1.5=2", "2=nan"):
         refused(pt, capsys, [*edit, f"--set={bad}"], "--set", "0 to 7")
     for bad in (dict(model=done), dict(edit=tmp_path / "image.png", set="1=2"), dict(explain=done, edit="image.png")):
         refused(pt, capsys, flags(**bad), "--edit", "--model")
