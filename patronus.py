@@ -31,21 +31,25 @@ import copy
 import csv
 import dataclasses
 import datetime
-import glob
+import errno
 import hashlib
 import inspect
 import json
 import math
 import os
 import re
+import shlex
 import signal
+import subprocess
 import sys
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal, NamedTuple, get_args
 
+import matplotlib
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -54,14 +58,11 @@ import torchvision
 from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 from torch import nn
-from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 
 SCRIPT = Path(__file__).stem
-
-RANK = int(os.environ.get("RANK", 0))                   # torchrun sets RANK and WORLD_SIZE
-
-WORLD = int(os.environ.get("WORLD_SIZE", 1))
+TORCHRUN = [os.environ.get(name) for name in ("RANK", "WORLD_SIZE")]    # numbers, if it started us
+RANK, WORLD = map(int, TORCHRUN if all(str(n).isdecimal() for n in TORCHRUN) else (0, 1))
 
 # ---- Settings ------------------------------------------------------------------------------------
 
@@ -280,11 +281,11 @@ class Patronus(nn.Module):
         for layer in self.to(device).encoder:           # z: [N, D, h, w]
             z = layer(z)
             if isinstance(layer, nn.Conv2d):
-                spread = z.std()
+                spread = z.std().clamp(min=1e-6)        # images may all be alike
                 for parameter in layer.parameters():
                     parameter /= spread
                 z = z / spread
-        scale = z.transpose(0, 1).flatten(1).var(1).sum().rsqrt()
+        scale = z.transpose(0, 1).flatten(1).var(1).sum().clamp(min=1e-6).rsqrt()
         for parameter in self.encoder[-2].parameters():     # before the last ReLU
             parameter *= scale
         patches = (z * scale).permute(0, 2, 3, 1).flatten(0, 2)             # [N h w, D]
@@ -390,16 +391,11 @@ def ddim_step(x, x0, eps, a, a_next, eta=0.0, noise=None):
     """From x at abar a, with predictions x0 and eps, to abar a_next (Song et al. 2021, eq. 12).
     sqrt(a_next) x0 + sqrt(1 - a_next - sigma^2) eps + sigma noise, with sigma =
     eta sqrt((1 - a_next) / (1 - a)) sqrt(1 - a / a_next) (eq. 16). The clamp is for rounding, which
-    may make 1 - a_next - sigma^2 negative. eta = 0 needs no noise; eta = 1 is ddpm_step."""
+    may make 1 - a_next - sigma^2 negative. eta = 0 needs no noise; eta = 1 is the sampler "ddpm",
+    a draw from q(x_next | x, x0) (DDPM eq. 6-7, with beta = 1 - a / a_next)."""
     sigma = eta * ((1 - a_next) / (1 - a) * (1 - a / a_next)).sqrt()
     mean = a_next.sqrt() * x0 + (1 - a_next - sigma ** 2).clamp(min=0).sqrt() * eps
     return mean if eta == 0 else mean + sigma * noise
-
-def ddpm_step(x, x0, a, a_next, noise):
-    """The posterior q(x_next | x, x0) (DDPM eq. 6-7); between levels, beta is 1 - a / a_next."""
-    beta = 1 - a / a_next
-    mean = (a_next.sqrt() * beta * x0 + (a / a_next).sqrt() * (1 - a_next) * x) / (1 - a)
-    return mean + ((1 - a_next) / (1 - a) * beta).sqrt() * noise
 
 # exercise
 def dpmpp_step(x, x0, a, a_next, x0_before=None, a_before=None):
@@ -435,7 +431,7 @@ def sample(predict, xT, abar, steps=20, sampler="dpmpp", clip=True, generator=No
             eps = (x - a.sqrt() * x0) / (1 - a).sqrt()
         if sampler == "ddpm":
             noise = torch.randn(x.shape, generator=generator, device=x.device)
-            x = ddpm_step(x, x0, a, a_next, noise)
+            x = ddim_step(x, x0, eps, a, a_next, 1.0, noise)
         elif sampler == "ddim":
             x = ddim_step(x, x0, eps, a, a_next)
         else:
@@ -645,6 +641,7 @@ def train(cfg, sets, folder, device):
           "the training images have changed since the run began: restore them, or start a new run")
     if RANK == 0:
         save_json(vars(cfg), folder / "config.json")
+    tell_of_steps(run, cfg)
     images = place_images(sets[0].images, device)
     abar = alpha_bars(cfg.timesteps).to(device)
     model = placed(cfg.build(known), device)
@@ -657,6 +654,7 @@ def train(cfg, sets, folder, device):
     forward = torch.compile(net, dynamic=False) if cfg.compile else net
     history = []                                        # losses since the last row of the log
     skipped = torch.tensor([run.log["skipped"], 0.0], device=device)    # steps: total, in a row
+    saved_step = run.step
     with interruptible() as interrupts:
         for step in range(run.step, cfg.steps):
             clock = time.perf_counter()
@@ -676,7 +674,7 @@ def train(cfg, sets, folder, device):
             skipped = torch.stack([skipped[0] + bad, (skipped[1] + 1) * bad])
             now = step + 1
             last = now == cfg.steps
-            stopping = len(interrupts) > 0 and WORLD == 1
+            stopping = in_any_process(interrupts != [], device)
             measured = cfg.eval_every > 0 and (last or now % cfg.eval_every == 0)
             saved = last or stopping or measured or now % cfg.save_every == 0
             row = mean_losses(history) if saved else {}
@@ -687,8 +685,9 @@ def train(cfg, sets, folder, device):
             history = []
             left = (cfg.steps - now) * run.log["seconds"] / now / 60
             progress(f"step {now}/{cfg.steps}  loss {row['loss']:.4f}  {left:.1f} min left", "\n")
-            check(skipped[1] <= 30, "more than 30 gradients in a row were not finite, and no step "
-                  "was taken: --resume with a lower --lr, or with --amp bf16 or off")
+            noise = row.get("diffusion", row["loss"])   # 1 if no noise is predicted at all
+            check(skipped[1] <= 30 and not noise > 10, "the training diverged: --resume it, from "
+                  f"step {saved_step}, whose weights are good, at a lower --lr or with --amp off")
             run.log["skipped"] = skipped[0].item()
             row.update(step=now, lr=learning_rate(step, cfg), seconds=run.log["seconds"],
                        skipped=run.log["skipped"])
@@ -698,8 +697,9 @@ def train(cfg, sets, folder, device):
                     row.update(run.model.quality(cfg, run, sets))
                 write_csv(folder / "log.csv", run.log["rows"])
                 save_checkpoint(folder, now, known, run.log, parts)
+            saved_step = now
             if stopping:
-                raise KeyboardInterrupt
+                raise KeyboardInterrupt(*interrupts[:1])
 
 # ---- Abilities: what the paper does with its prototypes ------------------------------------------
 # Images are uint8 [N, C, H, W] on the CPU here, s [N, m]. run has model, known, device. Helpers
@@ -894,14 +894,20 @@ def check(ok, sentence):
     if not ok:
         raise Stop(sentence)
 
+def reason(error):
+    """The first line of what an error says. A disk that is full is called so."""
+    if isinstance(error.__context__, OSError):          # torch.save hides the error of the file
+        error = error.__context__
+    full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+    return "the disk is full" if full else str(error).split("\n")[0]
+
 @contextlib.contextmanager
 def explained(sentence):
     """Any error inside becomes Stop: the sentence, and the first line of the error."""
     try:
         yield
     except Exception as error:
-        reason = str(error).split("\n")[0]
-        raise Stop(f"{sentence} ({reason})") from None
+        raise Stop(f"{sentence} ({reason(error)})") from None
 
 # ---- Data: every set becomes one uint8 tensor ----------------------------------------------------
 
@@ -911,12 +917,23 @@ SHAPE_SPLITS = {"train": (20_000, 0), "test": (4_000, 1), "judge": (20_000, 12)}
 
 @dataclasses.dataclass
 class Dataset:
-    """images uint8 [N, C, H, W]; labels int64 [N] or None; attributes bool [N, A] or None."""
+    """images uint8 [N, C, H, W]; labels int64 [N] or None; attributes bool [N, A] or None.
+    span: lowest and highest value of files of more than 8 bits, which became 0 and 255, if any.
+    left_out: files that are not among the images, and why. str(data) says what was found."""
     images: torch.Tensor
     labels: torch.Tensor | None
     classes: list
     attributes: torch.Tensor | None = None
     attribute_names: tuple | list = ()
+    span: tuple | None = None
+    left_out: str = ""
+
+    def __str__(self):
+        count = len(self.classes)
+        names = ", ".join(self.classes[:10]) + (count > 10) * ", ..."
+        grey = (self.images == self.images[:, :1]).all()
+        return (f"{len(self.images):,} images of {count or 'no'} classes ({names}), "
+                f"in {'grey' if grey else 'colour'}; left out: {self.left_out or 'nothing'}")
 
 def signed_distances(x, y):
     """Signed distance, negative inside, of points x, y to each of SHAPES, of radius about 1."""
@@ -983,42 +1000,117 @@ def open_cifar10(root, train):
     return data, data.classes
 
 def seeded_split(items, train):
-    """A fixed random split of what comes without one: a tenth is held out."""
+    """A fixed random split of what comes without one, items (image, label): a tenth of each class
+    is held out, and at least one image of a class that has two."""
     order = torch.randperm(len(items), generator=torch.Generator().manual_seed(0)).tolist()
-    held_out = max(1, round(len(items) / 10))
-    return [items[i] for i in sorted(order[held_out:] if train else order[:held_out])]
+    groups = {}
+    for i in order:
+        groups.setdefault(items[i][1], []).append(i)
+    held_out = set()
+    for group in groups.values():
+        held_out.update(group[:min(len(group) - 1, max(1, round(len(group) / 10)))])
+    check(held_out, "no class has two images, of which one could be held out: bring more")
+    return [item for i, item in enumerate(items) if (i in held_out) != train]
+
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+
+PARTS = dict(train="train", training="train", test="test", testing="test", val="val", valid="val",
+             validation="val")                          # names of folders, in whatever case
+
+def find_images(folder, left_out):
+    """All images below a folder, in order, also through links. What is no image is counted in
+    left_out: other files, what is hidden, runs, virtual environments, links that lead back up."""
+    endings = [end for end, name in Image.registered_extensions().items() if name in FORMATS]
+    found = []
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith("."):
+            left_out["hidden"] += 1
+        elif path.is_dir():
+            back = folder.resolve().is_relative_to(path.resolve())
+            if back or path.name == "runs" or (path / "pyvenv.cfg").exists():
+                left_out[f"{path.name}/"] += 1
+            else:
+                found += find_images(path, left_out)
+        elif path.suffix.lower() in endings:
+            found.append(path)
+        elif not path.name.startswith("prototype-"):    # our caches
+            left_out[path.suffix or "without ending"] += 1
+    return found
+
+def readable(path):
+    """A path as text that can be printed and saved, also if it is not UTF-8."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 def open_folder(root, train):
-    """DIR/train/<class>/* with or without DIR/test; DIR/<class>/*; images in DIR -> items, classes.
-    Without DIR/test a tenth of the images, always the same, is held out. Images in DIR have no
-    class."""
-    def images_in(folder):                              # [(file, name of its class or "")]
-        names = sorted(glob.glob("**/*.*", root_dir=folder, recursive=True))
-        return [(folder / name, Path(name).parts[0] if Path(name).parts[1:] else "")
-                for name in names if name.lower().endswith(IMG_EXTENSIONS)]
-    top = root / "train" if (root / "train").is_dir() else root
-    items = images_in(top)
-    classes = sorted({name for _, name in items if name})
-    if top == root or not (root / "test").is_dir():
+    """A folder of images -> items (file, label), classes, what was left out, all files.
+    It holds <class>/*, or images without classes, or train/ with or without test/ or val/ (or
+    their other names) that hold the same. Without test/ and val/, a tenth is held out. A folder
+    that holds nothing but one folder of folders is passed through."""
+    left_out = Counter()
+    files = find_images(root, left_out)
+    below = [readable(file.relative_to(root)).split(os.sep) for file in files]
+    folders = sorted({"/".join(path[:-1]) or "." for path in below})
+    wanted = (f"images are in {', '.join(folders[:20]) or 'no folder'}: give train/<class>/*, with "
+              "or without test/ or val/, and nothing else; or <class>/*; or images alone")
+    while (len({path[0] for path in below}) == 1 and min(map(len, below)) > 2
+           and below[0][0].lower() not in PARTS):
+        below = [path[1:] for path in below]
+    parts = [PARTS.get(path[0].lower()) for path in below]
+    if None not in parts or any(part and path[2:] for part, path in zip(parts, below)):
+        check("train" in parts and None not in parts, wanted)
+        below = [path[1:] for path in below]
+    else:
+        parts = ["train"] * len(files)                  # to be split
+    other = max({"train", "val", "test"} & {*parts}, key=("train", "val", "test").index)
+    rows = [(file, path[0] if path[1:] else "", part)
+            for file, path, part in zip(files, below, parts) if part in ("train", other)]
+    left_out.update(part for part in parts if part not in ("train", other))
+    classes = sorted({name for _, name, part in rows if part == "train"})
+    label = {name: i for i, name in enumerate(classes)}
+    check({name for _, name, _ in rows} == {*classes}, wanted)
+    check("" not in classes or len(classes) == 1, wanted)
+    mine = "train" if train else other
+    items = [(file, label[name]) for file, name, part in rows if part == mine]
+    if other == "train":
         items = seeded_split(items, train)
-    elif not train:
-        items = images_in(root / "test")
-    check(items and {name for _, name in items} <= set(classes or [""]), "it must hold images in "
-          "train/<class>/* and perhaps test/<class>/*, or in <class>/*, or all beside each other")
-    return [(path, classes.index(name) if name else 0) for path, name in items], classes
+    return items, [name for name in classes if name], left_out, files
 
-def decode(image, size):
-    """An image or image file -> uint8 RGB [3, size, size]: shorter side scaled, centre kept."""
-    with explained(f"{image} does not decode as an image: replace it or take it away"):
+def deep_values(image):
+    """The values of an image of one channel of more than 8 bits (16, 32, floats); else None."""
+    return np.nan_to_num(np.asarray(image, np.float64)) if image.mode[0] in "IF" else None
+
+def value_range(files):
+    """The lowest and the highest of all deep values in image files; None if there are none."""
+    found = []
+    for file in files:
+        with contextlib.suppress(Exception), Image.open(file) as image:     # decode tells of faults
+            values = deep_values(image)
+            found += [values.min().item(), values.max().item()]
+    return (min(found), max(found)) if found else None
+
+def decode(image, size, span=None):
+    """An image or image file -> uint8 RGB [3, size, size]: shorter side scaled, centre kept,
+    transparency on white. span: the deep values that become 0 and 255, or else the image's own."""
+    with explained(f"{image} does not decode as an image"):
         if not isinstance(image, Image.Image):
-            image = ImageOps.exif_transpose(Image.open(image))
+            image = Image.open(image)
+            with contextlib.suppress(Exception):        # damaged notes of a camera turn nothing
+                image = ImageOps.exif_transpose(image)
+        values = deep_values(image)
+        if values is not None:
+            low, high = span or (values.min(), values.max())
+            values = (values - low) / max(high - low, 1e-12) * 255
+            image = Image.fromarray(values.round().clip(0, 255).astype(np.uint8))
+        if image.has_transparency_data:
+            white = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(white, image.convert("RGBA"))
         image = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.LANCZOS)
         return torchvision.transforms.functional.pil_to_tensor(image)
 
 def load_dataset(name, split="train", image_size=None, data_dir="data"):
     """A data set in memory, decoded once and cached beside the data in prototype-*.pt -> Dataset.
     name: a key of Config.PRESETS; split: train or test; image_size: pixels (None: the preset's).
-    Raises Stop for an unknown name, missing or unreadable data, no network."""
+    Raises Stop for an unknown name, missing data, no network; and naming all unreadable images."""
     check(name in Config.PRESETS and split in SHAPE_SPLITS,
           f"no split {split} of {name}: choose train or test of {', '.join(Config.PRESETS)}")
     size = image_size or Config.PRESETS[name].get("image_size", Config.image_size)
@@ -1029,27 +1121,49 @@ def load_dataset(name, split="train", image_size=None, data_dir="data"):
     def open_set():
         with explained(f"{name} cannot be read in {root}: check --data-dir and the network"):
             return data_sets[name](root, split == "train")
+    def stamps(files):
+        return [f"{readable(file)} {file.stat().st_mtime_ns}" for file in files]
     key = []
+    span = None
+    left_out = {}
     if name == "folder":                                # its files may change
-        items, classes = open_set()
-        key = [*classes, *(f"{path} {path.stat().st_mtime_ns}" for path, _ in items)]
-    def make():
-        items, classes = open_set()
-        images = torch.empty(len(items), 3, size, size, dtype=torch.uint8)
-        labels = torch.empty(len(items), dtype=torch.int64)
+        items, classes, left_out, files = open_set()
+        def find_range(old):
+            return value_range(files)
+        span = cached(root / "prototype-folder-range.pt", stamps(files), find_range)
+        key = classes + [f"{stamp} {span}" for stamp in stamps(file for file, _ in items)]
+    def make(old):
+        items, classes, *_ = open_set()
+        rows = key[len(classes):] or [*range(len(items))]
+        decoded = dict(zip(old["rows"], old["images"])) if old else {}
+        with explained("the images do not fit into memory: lower --image-size"):
+            images = torch.zeros(len(items), 3, size, size, dtype=torch.uint8)
+        labels = torch.zeros(len(items), dtype=torch.int64)
+        faults = {}                                     # number of the image -> sentence
         def fetch(i):
             image, labels[i] = items[i]
-            images[i] = decode(image, size)
+            try:
+                images[i] = decoded[rows[i]] if rows[i] in decoded else decode(image, size, span)
+            except Stop as fault:
+                faults[i] = str(fault)
         with ThreadPoolExecutor() as pool:
-            list(pool.map(fetch, range(len(items))))    # as a list it raises what fetch raises
-        return dict(images=images, labels=labels if classes else None, classes=classes)
-    return Dataset(**cached(root / f"prototype-{name}-{split}-{size}.pt", key, make))
+            for i, _ in enumerate(pool.map(fetch, range(len(items)))):
+                progress(f"decoding: {i + 1}/{len(items)}")
+        rows = [None if i in faults else row for i, row in enumerate(rows)]
+        return dict(rows=rows, images=images, labels=labels, classes=classes,
+                    faults=[*faults.values()])
+    found = cached(root / f"prototype-{name}-{split}-{size}.pt", key, make)
+    check(not found["faults"], f"replace or take away: {'; '.join(found['faults'])}")
+    labels = found["labels"] if found["classes"] else None
+    left_out = ", ".join(f"{count} {what}" for what, count in left_out.items())
+    return Dataset(found["images"], labels, found["classes"], span=span, left_out=left_out)
 
 def load_sets(cfg):
     """The training set and the held-out set of a run; of one channel if all images are grey."""
     sets = [load_dataset(cfg.dataset, split, cfg.image_size, cfg.data_dir)
             for split in ("train", "test")]
     check(sets[0].classes or not cfg.labelled, "the images have no classes: use train/<class>/*")
+    progress(f"{cfg.dataset}: {sets[0]}; and {len(sets[1].images):,} held-out images", "\n")
     if all((data.images == data.images[:, :1]).all() for data in sets):
         for data in sets:
             data.images = data.images[:, :1].clone()
@@ -1101,26 +1215,28 @@ def load_traits(cfg):
             faces = torchvision.datasets.CelebA(cfg.data_dir, split)
             data.attributes = faces.attr.bool()
             data.attribute_names = faces.attr_names[:40]
-    if traits(sets[1])[1]:
-        watched_traits(cfg, sets[1])
+    watched_traits(cfg, sets[1])                        # raises Stop before training, not after
     return sets
 
 def traits(data):
-    """What is known of images: attributes, else classes one by one -> bool [N, A], A names."""
+    """What is known of images: attributes, else the first 40 classes -> bool [N, A], A names."""
     if data.attributes is not None:
         return data.attributes, list(data.attribute_names)
     if len(data.classes) < 2:
         return torch.zeros(len(data.images), 0, dtype=torch.bool), []
-    return F.one_hot(data.labels, len(data.classes)).bool(), data.classes
+    names = data.classes[:40]
+    return data.labels[:, None] == torch.arange(len(names)), names
 
 def watched_traits(cfg, data):
-    """Columns of --attribute and --watch in traits(data). Raises Stop if it has no such traits."""
+    """Columns of --attribute and --watch in traits(data), or else of the first and last trait that
+    vary there; [] if fewer than two do. Raises Stop if it has no such traits."""
     known, names = traits(data)
-    check(names, f"{cfg.data_dir} has neither attributes nor classes to diagnose")
-    pair = [cfg.attribute or names[0], cfg.watch or names[-1]]
     varied = [name for name, column in zip(names, known.T) if len(column.unique()) == 2]
+    if len(varied) < 2 and not cfg.attribute + cfg.watch:
+        return []
+    pair = [cfg.attribute or "".join(varied[:1]), cfg.watch or "".join(varied[-1:])]
     check(pair[0] != pair[1] and set(pair) <= set(varied), f"--attribute {pair[0]} and --watch "
-          f"{pair[1]} must be two of: {', '.join(varied[:40])}")
+          f"{pair[1]} must be two of: {', '.join(varied)}")
     return [names.index(name) for name in pair]
 
 def shuffled(N, n, *key):
@@ -1188,7 +1304,7 @@ def load_trait_judge(cfg, data, device):
     features = resnet(*real.images.shape[1:3], cfg.judge_width)
     net = nn.Sequential(features, nn.Linear(8 * cfg.judge_width, len(names))).to(device)
 
-    def make():
+    def make(old):
         loss = F.binary_cross_entropy_with_logits
         fit(net, real.images, known.float(), loss, cfg.judge_steps, cfg, "judge")
         z = features_of(features, real.images, device)
@@ -1221,13 +1337,14 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     values, vectors = torch.linalg.eigh(sigma1)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
     cross = torch.linalg.eigvalsh(root @ sigma2 @ root).clamp(min=0).sqrt().sum()
-    return ((mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * cross).item()
+    distance = (mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * cross
+    return max(0.0, distance.item())
 
 def inception_score(logits, splits=10):
     """exp(mean KL(p(y|x) || p(y))) (Salimans et al. 2016): logits [N, L] -> mean, std of splits."""
     order = torch.randperm(len(logits), generator=torch.Generator().manual_seed(0))
     scores = []
-    for part in logits[order].double().tensor_split(splits):
+    for part in logits[order].double().tensor_split(min(splits, len(logits))):
         log_p = part.log_softmax(1)
         log_mean = log_p.logsumexp(0) - math.log(len(part))
         scores.append((log_p.exp() * (log_p - log_mean)).sum(1).mean().exp().item())
@@ -1294,17 +1411,19 @@ def inception_metrics(cfg, samples, real, device):
         progress(str(error), "\n")
         return {}
     net.to(device)
-    def make():
+    def make(old):
         features, _ = inception_features(net, real, device)
         some = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))[:10_000]
         return dict(moments=moments(features), features=features[some])
     path = Path(cfg.data_dir, f"prototype-inception-{cfg.dataset}-{cfg.image_size}.pt")
-    reference = cached(path, [fingerprint(real), cfg.inception], make)
+    weights = torch.cat([p.flatten() for p in net.parameters()]).cpu()
+    reference = cached(path, [fingerprint(real), fingerprint(weights)], make)
     features, logits = inception_features(net, samples, device)
     fid = frechet_distance(*moments(features), *reference["moments"])
     values = [fid, *kernel_distance(features, reference["features"]), *inception_score(logits)]
     n = "" if len(samples) >= 50_000 else f"_{len(samples) / 1000:g}k"      # fewer: another number
-    return dict(zip([f"fid{n}", f"kid{n}", f"kid{n}_std", f"is{n}", f"is{n}_std"], values))
+    names = [f"fid{n}", f"kid{n}", f"kid{n}_std", f"is{n}", f"is{n}_std"]
+    return {name: x for name, x in zip(names, values) if not math.isnan(x)}     # KID of one image
 
 # exercise
 def auroc(score, positive):
@@ -1402,41 +1521,47 @@ def prototype_state(s):
 
 # ---- Pictures ------------------------------------------------------------------------------------
 
+@contextlib.contextmanager
+def drawing(path, width, height):
+    """A figure of that many inches, saved to path at the end. A $ in a text begins no formula."""
+    with matplotlib.rc_context({"text.parse_math": False}):
+        fig = Figure(figsize=(width, height), layout="constrained")
+        yield fig
+        fig.savefig(path, dpi=120)
+
 def draw_grid(path, images, rows, title, columns=(), size=0.55):
     """uint8 images [R * n, C, H, W], `size` inches each, as R named rows of n, named columns."""
     n = len(images) // len(rows)
     centres = (np.arange(max(n, len(rows))) + 0.5) * (images.shape[-1] + 1)
     tiles = torchvision.utils.make_grid(images, n, padding=1, pad_value=255)
-    fig = Figure(figsize=(1.5 + size * n, 0.7 + size * len(rows)), layout="constrained")
-    axes = fig.subplots()
-    axes.imshow(tiles.permute(1, 2, 0), interpolation="nearest")
-    axes.set_yticks(centres[:len(rows)], rows)
-    axes.set_xticks(centres[:len(columns)], columns, fontsize="small")
-    axes.tick_params(length=0)
-    axes.spines[:].set_visible(False)
-    fig.suptitle(title, fontsize="medium", wrap=True)
-    fig.savefig(path, dpi=130)
+    with drawing(path, 1.5 + size * n, 0.7 + size * len(rows)) as fig:
+        axes = fig.subplots()
+        axes.imshow(tiles.permute(1, 2, 0), interpolation="nearest")
+        axes.set_yticks(centres[:len(rows)], rows)
+        axes.set_xticks(centres[:len(columns)], columns, fontsize="small")
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
+        fig.suptitle(title, fontsize="medium", wrap=True)
 
 def draw_curves(path, groups, names):
     """Columns of the logs of runs (group -> list of metrics.json) over steps, and over all seconds.
     A group of several runs gets its mean at the end, with the 95 % interval."""
-    fig = Figure(figsize=(3 * len(names), 6), layout="constrained")
-    for name, (steps, clock) in zip(names, fig.subplots(2, len(names), squeeze=False).T):
-        for i, (group, runs) in enumerate(groups.items()):
-            for run in runs:
-                rows = [row for row in run["log"] if name in row]
-                values = [row[name] for row in rows]
-                seconds = [run["seconds_before"] + row["seconds"] for row in rows]
-                steps.plot([row["step"] for row in rows], values, ".-", color=f"C{i}")
-                clock.plot(seconds, values, ".-", color=f"C{i}")
-            if len(runs) > 1:
-                mean, half = mean_interval([run["log"][-1].get(name, math.nan) for run in runs])
-                steps.errorbar(runs[0]["step"], mean, half, fmt="o", capsize=6, color=f"C{i}")
-            clock.plot([], [], color=f"C{i}", label=group)
-        steps.set(title=name, xlabel="training step")
-        clock.set_xlabel("seconds, with all before training")
-    fig.legend(*clock.get_legend_handles_labels(), loc="outside upper center")
-    fig.savefig(path, dpi=90)
+    with drawing(path, 3 * len(names), 6) as fig:
+        for name, (steps, clock) in zip(names, fig.subplots(2, len(names), squeeze=False).T):
+            for i, (group, runs) in enumerate(groups.items()):
+                for run in runs:
+                    rows = [row for row in run["log"] if name in row]
+                    values = [row[name] for row in rows]
+                    seconds = [run["seconds_before"] + row["seconds"] for row in rows]
+                    steps.plot([row["step"] for row in rows], values, ".-", color=f"C{i}")
+                    clock.plot(seconds, values, ".-", color=f"C{i}")
+                if len(runs) > 1:
+                    mean, half = mean_interval([run["log"][-1].get(name, math.nan) for run in runs])
+                    steps.errorbar(runs[0]["step"], mean, half, fmt="o", capsize=6, color=f"C{i}")
+                clock.plot([], [], color=f"C{i}", label=group)
+            steps.set(title=name, xlabel="training step")
+            clock.set_xlabel("seconds, with all before training")
+        fig.legend(*clock.get_legend_handles_labels(), loc="outside upper center")
 
 def framed(run, images, chosen):
     """RGB images, with a frame just outside the patch of image i that activates chosen[i] most."""
@@ -1461,26 +1586,26 @@ def draw_when(path, times, course, order, emerged, curves):
     """when.png: s_j of the predicted image in the order of emerging; and the switch.
     course [steps, m]; order: prototypes; emerged [m], steps; curves: trait ->
     (t of the switch, share of images that have B's), if any."""
-    fig = Figure(figsize=(15, 5.5), layout="constrained")
-    left, right = fig.subplots(1, 2)
-    shown = (course / course[-1])[:, order].clamp(max=1.2).T
-    picture = left.imshow(shown, aspect="auto", interpolation="nearest")
-    left.plot(emerged[order] - 0.5, range(len(order)), color="white", drawstyle="steps-mid")
-    ticks = range(0, len(times), 6)
-    left.set_xticks(ticks, [times[i] for i in ticks])
-    left.set_yticks(range(len(order)), order, fontsize=6)
-    left.set(title="prototypes in the order in which they emerge (white: 90 % reached for good)",
-             xlabel="noise level t of denoising, from noise (left) to image", ylabel="prototype")
-    fig.colorbar(picture, ax=left, label="s_j of the predicted image / at the end")
-    for name, (at, share) in curves.items():
-        right.plot(at, share, ".-", label=name)
-    right.set(title="switch: told s of image A until t, then s of B. Whose trait is it in the end?",
-              xlabel="t of the switch (left: B all along, right: A all along)",
-              ylabel="share of images with B's", ylim=(0, 1))
-    right.invert_xaxis()
-    if curves:
-        right.legend(title="trait")
-    fig.savefig(path, dpi=110)
+    with drawing(path, 15, 5.5) as fig:
+        left, right = fig.subplots(1, 2)
+        shown = (course / course[-1])[:, order].clamp(max=1.2).T
+        picture = left.imshow(shown, aspect="auto", interpolation="nearest")
+        left.plot(emerged[order] - 0.5, range(len(order)), color="white", drawstyle="steps-mid")
+        ticks = range(0, len(times), 6)
+        left.set_xticks(ticks, [times[i] for i in ticks])
+        left.set_yticks(range(len(order)), order, fontsize=6)
+        left.set(title="prototypes in the order in which they emerge (white: 90 % reached for "
+                 "good)", xlabel="noise level t of denoising, from noise (left) to image",
+                 ylabel="prototype")
+        fig.colorbar(picture, ax=left, label="s_j of the predicted image / at the end")
+        for name, (at, share) in curves.items():        # a legend leaves out names that begin with _
+            right.plot(at, share, ".-", label=f" {name}")
+        right.set(title="switch: told s of image A until t, then s of B. Whose trait is it in the "
+                  "end?", xlabel="t of the switch (left: B all along, right: A all along)",
+                  ylabel="share of images with B's", ylim=(0, 1))
+        right.invert_xaxis()
+        if curves:
+            right.legend(title="trait")
 
 def draw_diagnosis(path, figures, seen, a, b):
     """diagnosis.png: images as they are and edited, with the judge's view of the traits a and b."""
@@ -1541,22 +1666,29 @@ def random_index(N, n, *key):
 
 # ---- Files: a run is a folder --------------------------------------------------------------------
 
-def save_safely(content, path):
-    """torch.save by way of a temporary neighbour: a kill leaves the old file or the new one."""
+@contextlib.contextmanager
+def replacing(path):
+    """Yields a temporary neighbour of the file `path`, open for bytes, which takes its place at the
+    end: a kill leaves the old file or the new one. Raises Stop if it cannot be written."""
     temporary = Path(f"{path}.{os.getpid()}.tmp")
     with explained(f"{path} cannot be written"):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            torch.save(content, temporary)
+            with open(temporary, "wb") as file:
+                yield file
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
 
+def save_safely(content, path):
+    """torch.save, all or nothing."""
+    with replacing(path) as file:
+        torch.save(content, file)
+
 def save_json(content, path):
-    """Write a .json file by way of a temporary neighbour, like save_safely."""
-    temporary = Path(f"{path}.tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    """A .json file, all or nothing."""
+    with replacing(path) as file:
+        file.write((json.dumps(content, indent=1) + "\n").encode())
 
 def read_json(path):
     """The dict in a run's .json file. Raises Stop if there is none."""
@@ -1564,12 +1696,15 @@ def read_json(path):
         return dict(json.loads(path.read_text(encoding="utf-8")))
 
 def cached(path, key, make):
-    """What make() returns, kept in `path` for the next time that the key is the same."""
+    """What make(old) returns, kept in `path` for the next time that the key is the same.
+    old: what was kept for another key, or None."""
+    old = None
     with contextlib.suppress(Exception):                # there is none, or not a whole one
         saved = torch.load(path, map_location="cpu")
+        old = saved["content"]
         if saved["key"] == key:
-            return saved["content"]
-    content = make()
+            return old
+    content = make(old)
     try:
         save_safely(dict(key=key, content=content), path)
     except Stop as error:
@@ -1577,14 +1712,17 @@ def cached(path, key, make):
     return content
 
 def new_folder(wanted):
-    """Make `wanted`, or the first empty one of wanted-2, -3, ...: nothing is written over."""
+    """Make the folder `wanted`, or the first of wanted-2, -3, ... that is not there. What is there
+    is left alone, even if empty: so two runs that start together never share a folder."""
     folder = Path(wanted)
     number = 1
-    while folder.exists() and any(folder.iterdir()):
-        number += 1
-        folder = Path(f"{wanted}-{number}")
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    while True:
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            number += 1
+            folder = Path(f"{wanted}-{number}")
 
 def save_checkpoint(folder, step, known, log, parts):
     """checkpoint.pt. parts: name -> module, optimiser or scaler."""
@@ -1618,8 +1756,9 @@ def load_run(folder, device="auto"):
                            step=state["step"], log=state["log"], state=state)
 
 def mean_losses(history):
-    """Means of losses, dicts of scalars, over steps and processes -> dict. Waits for the device."""
-    means = torch.stack([torch.stack([*losses.values()]).detach() for losses in history]).mean(0)
+    """Means of losses, dicts of scalars, over the steps that were finite, and processes -> dict."""
+    losses = torch.stack([torch.stack([*losses.values()]).detach() for losses in history])
+    means = losses.where(losses.isfinite(), math.nan).nanmean(0)
     if WORLD > 1:
         dist.all_reduce(means)
     return dict(zip(history[0], (means / WORLD).tolist()))
@@ -1631,35 +1770,68 @@ def write_csv(path, rows):
         writer.writeheader()
         writer.writerows(rows)
 
+def tell_of_steps(run, cfg):
+    """What --resume does if the number of steps is another one."""
+    if run.step >= cfg.steps:
+        progress(f"step {run.step} of {cfg.steps}: there is nothing left to train", "\n")
+    elif cfg.steps != run.config.steps:
+        rate = learning_rate(run.step, run.config)
+        progress(f"for {cfg.steps} steps in all, the learning rate goes from {rate:.2g} to "
+                 f"{learning_rate(run.step, cfg):.2g}, and then on down to 0", "\n")
+
 def progress(text, end="\r"):
     """A line, which the next one overwrites if it ends with a return: those only on a terminal."""
     if RANK == 0 and (end == "\n" or sys.stdout.isatty()):
         print(f"{text:79}", end=end, flush=True)
 
 @contextlib.contextmanager
-def interruptible():
-    """Yields a list that Ctrl-C fills, so that a step can end first; Ctrl-C twice stops at once."""
-    interrupts = []
-    def note(*_):
-        interrupts.append(True)
-        signal.signal(signal.SIGINT, before)
-    before = signal.signal(signal.SIGINT, note)
+def on_signals(handler):
+    """Inside, Ctrl-C and SIGTERM call handler(number, frame); not in a thread, which may not."""
+    before = {}
+    with contextlib.suppress(ValueError):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, handler)
     try:
-        yield interrupts
+        yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, old in before.items():
+            signal.signal(number, old)
+
+def interrupt(number, frame):
+    """Stop at once: a KeyboardInterrupt that knows its signal."""
+    raise KeyboardInterrupt(number)
+
+@contextlib.contextmanager
+def interruptible():
+    """Yields a list that gets the numbers of such signals, so that a step can end first. A second
+    one stops at once, but not under torchrun, which sends each of them twice."""
+    interrupts = []
+    def note(number, frame):
+        if interrupts and WORLD == 1:
+            interrupt(number, frame)
+        interrupts.append(number)
+    with on_signals(note):
+        yield interrupts
 
 # ---- Tasks: train, sample, explain, evaluate, diagnose, edit, compare ----------------------------
 
+def in_any_process(flag, device):
+    """Is the flag set in one of torchrun's processes? All of them get the same answer."""
+    if WORLD == 1:
+        return flag
+    total = torch.tensor(float(flag), device=device)
+    dist.all_reduce(total)
+    return total.item() > 0
+
 def new_run(cfg, sets, folder, device):
     """All that comes before training: config.json, and the checkpoint of step 0.
-    known: shape and classes of the images, their fingerprint, seconds that this took, and what
-    model.begin(cfg, sets, folder, device) returns: targets [N], figures, and what the method
-    needs."""
+    known: shape, classes and span (see Dataset) of the images, their fingerprint, seconds that this
+    took, and what model.begin returns: targets [N], figures, and what the method needs."""
     start = time.perf_counter()
     save_json(vars(cfg), folder / "config.json")
     images = sets[0].images
-    known = dict(shape=images.shape[1:], classes=sets[0].classes, images=fingerprint(images))
+    known = dict(shape=images.shape[1:], classes=sets[0].classes, images=fingerprint(images),
+                 span=sets[0].span)
     torch.manual_seed(cfg.seed)                         # the same network whatever the prototypes
     model = cfg.build(known)
     known.update(model.begin(cfg, sets, folder, device))
@@ -1671,11 +1843,12 @@ def train_run(cfg, given, device, load=load_sets):
     """Start or go on with a run, alone or as one of torchrun's processes -> folder, data sets."""
     if WORLD > 1:                                       # the others wait while the first decodes
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))
+        with explained("torchrun's processes do not find each other"):
+            dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))
     if RANK == 0:
         sets = load(cfg)                                # faults show before a folder is made
         given.folder = given.task[1] or new_folder(given.out or f"runs/{SCRIPT}-{cfg.dataset}")
-        progress(f"{given.folder}: {len(sets[0].images)} training images, {device}", "\n")
+        progress(f"{given.folder}, on {device}", "\n")
         if not (given.folder / "checkpoint.pt").exists():
             new_run(cfg, sets, given.folder, device)
     if WORLD > 1:
@@ -1812,11 +1985,14 @@ def measure_traits(cfg, run, sets, folder=None):
     if not names:
         return {}, told
     judge = load_trait_judge(cfg, sets[0], run.device)
-    figures, seen = diagnose(cfg, run, judge, data)
-    if folder:
-        a, b = watched_traits(cfg, data)
-        draw_diagnosis(folder / "diagnosis.png", figures, seen, names[a], names[b])
-    return {**kept_traits(judge, told, known[index], names, run.device), **figures}, told
+    figures = kept_traits(judge, told, known[index], names, run.device)
+    pair = watched_traits(cfg, data)
+    if pair:
+        leak, seen = diagnose(cfg, run, judge, data)
+        figures.update(leak)
+        if folder:
+            draw_diagnosis(folder / "diagnosis.png", leak, seen, *(names[trait] for trait in pair))
+    return figures, told
 
 def prototype_figures(cfg, run, images):
     """What there is to measure without traits, on held-out images."""
@@ -1833,26 +2009,29 @@ def prototype_figures(cfg, run, images):
 def evaluate_patronus(cfg, run, sets, folder):
     """Samples, the diagnosis and metrics.json of a finished run, in `folder`."""
     data = sets[1]
-    start = time.perf_counter()
-    samples = sample_unconditional(cfg, run, folder)
-    seconds = time.perf_counter() - start
-    figures, told = measure_traits(cfg, run, sets, folder)
-    figures.update(prototype_figures(cfg, run, data.images), seconds_sampling=seconds,
-                   **inception_metrics(cfg, told, sets[0].images, run.device))
-    drawn = inception_metrics(cfg, samples, sets[0].images, run.device)
     known, names = traits(data)
-    if names:
-        judge = load_trait_judge(cfg, sets[0], run.device)
-        real = kept_traits(judge, data.images, known, names, run.device)
-        real = {f"real_{name}": x for name, x in real.items()}
-        drawn["frechet"] = judge_traits(judge, samples, run.device)[1]
-        s = activations(run, data.images)
-        auc = logistic_aurocs(s, known)
-        tad, captured = disentanglement(s, known)
-        figures.update(**real, **named("auroc", names, auc), auroc=auc.nanmean().item(), tad=tad,
-                       tad_traits=captured)
-    figures.update({f"unconditional_{name}": x for name, x in drawn.items()})
-    write_metrics(cfg, run, figures, folder)
+    figures = {}
+    try:
+        start = time.perf_counter()
+        samples = sample_unconditional(cfg, run, folder)
+        figures["seconds_sampling"] = time.perf_counter() - start
+        measured, told = measure_traits(cfg, run, sets, folder)
+        figures.update(measured, **prototype_figures(cfg, run, data.images))
+        if names:
+            judge = load_trait_judge(cfg, sets[0], run.device)
+            real = kept_traits(judge, data.images, known, names, run.device)
+            figures.update({f"real_{name}": x for name, x in real.items()})
+            figures["unconditional_frechet"] = judge_traits(judge, samples, run.device)[1]
+            s = activations(run, data.images)
+            auc = logistic_aurocs(s, known)
+            tad, captured = disentanglement(s, known)
+            figures.update(**named("auroc", names, auc), auroc=auc.nanmean().item(), tad=tad,
+                           tad_traits=captured)
+        figures.update(inception_metrics(cfg, told, sets[0].images, run.device))
+        drawn = inception_metrics(cfg, samples, sets[0].images, run.device)
+        figures.update({f"unconditional_{name}": x for name, x in drawn.items()})
+    finally:                                            # whatever fails, keep what was measured
+        write_metrics(cfg, run, figures, folder)
 
 def edit_image(cfg, run, given, folder):
     """--edit: an image with some activations set -> edit.png, and edited.png alone."""
@@ -1861,7 +2040,8 @@ def edit_image(cfg, run, given, folder):
         chosen = [range(cfg.num_prototypes).index(int(j)) for j, _ in pairs]
         values = torch.tensor([[float(value) for _, value in pairs]])
         check(values.isfinite().all(), "a value is not a number")
-    image = decode(Path(given.edit), cfg.image_size)[None, :run.known["shape"][0]]
+    image = decode(Path(given.edit), cfg.image_size, run.known["span"])
+    image = image[None, :run.known["shape"][0]]
     s, xT = invert_images(cfg, run, image)
     wanted = set_activations(s, chosen, values)
     images = render(cfg, run, torch.cat([s, wanted]), xT.repeat(2, 1, 1, 1))
@@ -1960,10 +2140,13 @@ def read_settings(given):
     flags = {name: value for name, value in vars(given).items() if name in defaults}
     task, earlier = given.task
     check(WORLD == 1 or task in ("train", "resume"), f"--{task} works in one process")
+    check(RANK < WORLD and (WORLD > 1 or TORCHRUN in ([None, None], ["0", "1"])), "RANK and "
+          f"WORLD_SIZE are {TORCHRUN} and not as torchrun sets them: unset them, or use torchrun")
     saved = read_json(earlier / "config.json") if earlier else {}
     with explained(f"{earlier} is of another version of this script"):
         preset = Config.PRESETS[{**defaults, **saved, **flags}["dataset"]]
         cfg = Config(**{**preset, **saved, **flags})
+    cfg.data_dir = os.path.abspath(cfg.data_dir)        # where the run goes on may be elsewhere
     for name, value in vars(cfg).items():
         flag = f"--{name.replace('_', '-')} {value}"
         if not isinstance(value, str):
@@ -1984,20 +2167,33 @@ def read_settings(given):
     return cfg
 
 def exit_status(task, given):
-    """Run task(given) -> 0; 2 after one sentence for what a person can put right; 130: Ctrl-C."""
+    """Run task(given) -> 0; 2 after one sentence for what a person can put right; 130 for Ctrl-C,
+    143 for SIGTERM."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError):       # a notebook's
+            stream.reconfigure(errors="backslashreplace")
     try:
-        task(given)
+        with on_signals(interrupt):
+            task(given)
+            print(end="", flush=True)
         return 0
-    except KeyboardInterrupt:
-        advice = f"; go on with --resume {given.folder}" if given.folder else ""
-        print(f"\ninterrupted{advice}", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:
+        command = ["python", f"{SCRIPT}.py", "--resume", str(given.folder)]
+        text = subprocess.list2cmdline(command) if os.name == "nt" else shlex.join(command)
+        print(f"\ninterrupted{f'; go on with: {text}' * bool(given.folder)}", file=sys.stderr)
+        return 128 + (stop.args or [signal.SIGINT])[0]
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        fault = "stopped, for what should read the output (| head) has ended"
     except (Stop, OSError) as error:
-        fault = error
+        fault = error if isinstance(error, Stop) else f"{reason(error)} {error.filename or ''}"
     except (RuntimeError, MemoryError) as error:
-        if isinstance(error, RuntimeError) and "allocate" not in str(error):
-            raise
+        module = type(error).__module__
         fault = "memory ran out: lower --batch-size, --sample-batch or raise --accumulate"
+        if module.startswith(("torch._inductor", "torch._dynamo")):
+            fault = f"leave out --compile, which does not work here ({reason(error)})"
+        elif isinstance(error, RuntimeError) and "allocate" not in str(error):
+            raise
     print(f"\n{SCRIPT}: {fault}", file=sys.stderr)
     return 2
 
@@ -2032,7 +2228,7 @@ def patronus(given):
     elif task == "evaluate":
         evaluate_patronus(cfg, run, sets, out)
     else:
-        watched_traits(cfg, sets[1])
+        check(watched_traits(cfg, sets[1]), "no two traits of the held-out images vary")
         write_metrics(cfg, run, measure_traits(cfg, run, sets, out)[0], out)
 
 def main(argv=None):

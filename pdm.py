@@ -30,21 +30,25 @@ import copy
 import csv
 import dataclasses
 import datetime
-import glob
+import errno
 import hashlib
 import inspect
 import json
 import math
 import os
 import re
+import shlex
 import signal
+import subprocess
 import sys
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal, NamedTuple, get_args
 
+import matplotlib
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -53,13 +57,12 @@ import torchvision
 from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 from torch import nn
-from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 
 SCRIPT = Path(__file__).stem
-RANK = int(os.environ.get("RANK", 0))                   # torchrun sets RANK and WORLD_SIZE
-WORLD = int(os.environ.get("WORLD_SIZE", 1))
+TORCHRUN = [os.environ.get(name) for name in ("RANK", "WORLD_SIZE")]    # numbers, if it started us
 
+RANK, WORLD = map(int, TORCHRUN if all(str(n).isdecimal() for n in TORCHRUN) else (0, 1))
 # ---- Settings ------------------------------------------------------------------------------------
 
 Sets = Literal["shapes", "folder", "cifar10", "stl10", "eurosat", "tiny-imagenet", "celeba"]
@@ -401,16 +404,11 @@ def ddim_step(x, x0, eps, a, a_next, eta=0.0, noise=None):
     """From x at abar a, with predictions x0 and eps, to abar a_next (Song et al. 2021, eq. 12).
     sqrt(a_next) x0 + sqrt(1 - a_next - sigma^2) eps + sigma noise, with sigma =
     eta sqrt((1 - a_next) / (1 - a)) sqrt(1 - a / a_next) (eq. 16). The clamp is for rounding, which
-    may make 1 - a_next - sigma^2 negative. eta = 0 needs no noise; eta = 1 is ddpm_step."""
+    may make 1 - a_next - sigma^2 negative. eta = 0 needs no noise; eta = 1 is the sampler "ddpm",
+    a draw from q(x_next | x, x0) (DDPM eq. 6-7, with beta = 1 - a / a_next)."""
     sigma = eta * ((1 - a_next) / (1 - a) * (1 - a / a_next)).sqrt()
     mean = a_next.sqrt() * x0 + (1 - a_next - sigma ** 2).clamp(min=0).sqrt() * eps
     return mean if eta == 0 else mean + sigma * noise
-
-def ddpm_step(x, x0, a, a_next, noise):
-    """The posterior q(x_next | x, x0) (DDPM eq. 6-7); between levels, beta is 1 - a / a_next."""
-    beta = 1 - a / a_next
-    mean = (a_next.sqrt() * beta * x0 + (a / a_next).sqrt() * (1 - a_next) * x) / (1 - a)
-    return mean + ((1 - a_next) / (1 - a) * beta).sqrt() * noise
 
 # exercise
 def dpmpp_step(x, x0, a, a_next, x0_before=None, a_before=None):
@@ -446,7 +444,7 @@ def sample(predict, xT, abar, steps=20, sampler="dpmpp", clip=True, generator=No
             eps = (x - a.sqrt() * x0) / (1 - a).sqrt()
         if sampler == "ddpm":
             noise = torch.randn(x.shape, generator=generator, device=x.device)
-            x = ddpm_step(x, x0, a, a_next, noise)
+            x = ddim_step(x, x0, eps, a, a_next, 1.0, noise)
         elif sampler == "ddim":
             x = ddim_step(x, x0, eps, a, a_next)
         else:
@@ -661,6 +659,7 @@ def train(cfg, sets, folder, device):
           "the training images have changed since the run began: restore them, or start a new run")
     if RANK == 0:
         save_json(vars(cfg), folder / "config.json")
+    tell_of_steps(run, cfg)
     images = place_images(sets[0].images, device)
     abar = alpha_bars(cfg.timesteps).to(device)
     model = placed(cfg.build(known), device)
@@ -673,6 +672,7 @@ def train(cfg, sets, folder, device):
     forward = torch.compile(net, dynamic=False) if cfg.compile else net
     history = []                                        # losses since the last row of the log
     skipped = torch.tensor([run.log["skipped"], 0.0], device=device)    # steps: total, in a row
+    saved_step = run.step
     with interruptible() as interrupts:
         for step in range(run.step, cfg.steps):
             clock = time.perf_counter()
@@ -692,7 +692,7 @@ def train(cfg, sets, folder, device):
             skipped = torch.stack([skipped[0] + bad, (skipped[1] + 1) * bad])
             now = step + 1
             last = now == cfg.steps
-            stopping = len(interrupts) > 0 and WORLD == 1
+            stopping = in_any_process(interrupts != [], device)
             measured = cfg.eval_every > 0 and (last or now % cfg.eval_every == 0)
             saved = last or stopping or measured or now % cfg.save_every == 0
             row = mean_losses(history) if saved else {}
@@ -703,8 +703,9 @@ def train(cfg, sets, folder, device):
             history = []
             left = (cfg.steps - now) * run.log["seconds"] / now / 60
             progress(f"step {now}/{cfg.steps}  loss {row['loss']:.4f}  {left:.1f} min left", "\n")
-            check(skipped[1] <= 30, "more than 30 gradients in a row were not finite, and no step "
-                  "was taken: --resume with a lower --lr, or with --amp bf16 or off")
+            noise = row.get("diffusion", row["loss"])   # 1 if no noise is predicted at all
+            check(skipped[1] <= 30 and not noise > 10, "the training diverged: --resume it, from "
+                  f"step {saved_step}, whose weights are good, at a lower --lr or with --amp off")
             run.log["skipped"] = skipped[0].item()
             row.update(step=now, lr=learning_rate(step, cfg), seconds=run.log["seconds"],
                        skipped=run.log["skipped"])
@@ -714,8 +715,9 @@ def train(cfg, sets, folder, device):
                     row.update(run.model.quality(cfg, run, sets))
                 write_csv(folder / "log.csv", run.log["rows"])
                 save_checkpoint(folder, now, known, run.log, parts)
+            saved_step = now
             if stopping:
-                raise KeyboardInterrupt
+                raise KeyboardInterrupt(*interrupts[:1])
 
 # ---- Equipment: you can stop reading here --------------------------------------------------------
 
@@ -729,14 +731,20 @@ def check(ok, sentence):
     if not ok:
         raise Stop(sentence)
 
+def reason(error):
+    """The first line of what an error says. A disk that is full is called so."""
+    if isinstance(error.__context__, OSError):          # torch.save hides the error of the file
+        error = error.__context__
+    full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+    return "the disk is full" if full else str(error).split("\n")[0]
+
 @contextlib.contextmanager
 def explained(sentence):
     """Any error inside becomes Stop: the sentence, and the first line of the error."""
     try:
         yield
     except Exception as error:
-        reason = str(error).split("\n")[0]
-        raise Stop(f"{sentence} ({reason})") from None
+        raise Stop(f"{sentence} ({reason(error)})") from None
 
 # ---- Data: every set becomes one uint8 tensor ----------------------------------------------------
 
@@ -746,12 +754,23 @@ SHAPE_SPLITS = {"train": (20_000, 0), "test": (4_000, 1), "judge": (20_000, 12)}
 
 @dataclasses.dataclass
 class Dataset:
-    """images uint8 [N, C, H, W]; labels int64 [N] or None; attributes bool [N, A] or None."""
+    """images uint8 [N, C, H, W]; labels int64 [N] or None; attributes bool [N, A] or None.
+    span: lowest and highest value of files of more than 8 bits, which became 0 and 255, if any.
+    left_out: files that are not among the images, and why. str(data) says what was found."""
     images: torch.Tensor
     labels: torch.Tensor | None
     classes: list
     attributes: torch.Tensor | None = None
     attribute_names: tuple | list = ()
+    span: tuple | None = None
+    left_out: str = ""
+
+    def __str__(self):
+        count = len(self.classes)
+        names = ", ".join(self.classes[:10]) + (count > 10) * ", ..."
+        grey = (self.images == self.images[:, :1]).all()
+        return (f"{len(self.images):,} images of {count or 'no'} classes ({names}), "
+                f"in {'grey' if grey else 'colour'}; left out: {self.left_out or 'nothing'}")
 
 def signed_distances(x, y):
     """Signed distance, negative inside, of points x, y to each of SHAPES, of radius about 1."""
@@ -830,46 +849,121 @@ def open_tiny_imagenet(root, train):
             "http://cs231n.stanford.edu/tiny-imagenet-200.zip", root,
             md5="90528d7ca1a48142e341f4ef8d21d0de")
     words = dict(line.split("\t") for line in (folder / "words.txt").read_text().splitlines())
-    items, classes = open_folder(folder / "train", train)                   # <class>/images/*.JPEG
+    items, classes, *_ = open_folder(folder / "train", train)               # <class>/images/*.JPEG
     return items, [words[name].split(",")[0] for name in classes]
 
 def seeded_split(items, train):
-    """A fixed random split of what comes without one: a tenth is held out."""
+    """A fixed random split of what comes without one, items (image, label): a tenth of each class
+    is held out, and at least one image of a class that has two."""
     order = torch.randperm(len(items), generator=torch.Generator().manual_seed(0)).tolist()
-    held_out = max(1, round(len(items) / 10))
-    return [items[i] for i in sorted(order[held_out:] if train else order[:held_out])]
+    groups = {}
+    for i in order:
+        groups.setdefault(items[i][1], []).append(i)
+    held_out = set()
+    for group in groups.values():
+        held_out.update(group[:min(len(group) - 1, max(1, round(len(group) / 10)))])
+    check(held_out, "no class has two images, of which one could be held out: bring more")
+    return [item for i, item in enumerate(items) if (i in held_out) != train]
+
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+
+PARTS = dict(train="train", training="train", test="test", testing="test", val="val", valid="val",
+             validation="val")                          # names of folders, in whatever case
+
+def find_images(folder, left_out):
+    """All images below a folder, in order, also through links. What is no image is counted in
+    left_out: other files, what is hidden, runs, virtual environments, links that lead back up."""
+    endings = [end for end, name in Image.registered_extensions().items() if name in FORMATS]
+    found = []
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith("."):
+            left_out["hidden"] += 1
+        elif path.is_dir():
+            back = folder.resolve().is_relative_to(path.resolve())
+            if back or path.name == "runs" or (path / "pyvenv.cfg").exists():
+                left_out[f"{path.name}/"] += 1
+            else:
+                found += find_images(path, left_out)
+        elif path.suffix.lower() in endings:
+            found.append(path)
+        elif not path.name.startswith("prototype-"):    # our caches
+            left_out[path.suffix or "without ending"] += 1
+    return found
+
+def readable(path):
+    """A path as text that can be printed and saved, also if it is not UTF-8."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 def open_folder(root, train):
-    """DIR/train/<class>/* with or without DIR/test; DIR/<class>/*; images in DIR -> items, classes.
-    Without DIR/test a tenth of the images, always the same, is held out. Images in DIR have no
-    class."""
-    def images_in(folder):                              # [(file, name of its class or "")]
-        names = sorted(glob.glob("**/*.*", root_dir=folder, recursive=True))
-        return [(folder / name, Path(name).parts[0] if Path(name).parts[1:] else "")
-                for name in names if name.lower().endswith(IMG_EXTENSIONS)]
-    top = root / "train" if (root / "train").is_dir() else root
-    items = images_in(top)
-    classes = sorted({name for _, name in items if name})
-    if top == root or not (root / "test").is_dir():
+    """A folder of images -> items (file, label), classes, what was left out, all files.
+    It holds <class>/*, or images without classes, or train/ with or without test/ or val/ (or
+    their other names) that hold the same. Without test/ and val/, a tenth is held out. A folder
+    that holds nothing but one folder of folders is passed through."""
+    left_out = Counter()
+    files = find_images(root, left_out)
+    below = [readable(file.relative_to(root)).split(os.sep) for file in files]
+    folders = sorted({"/".join(path[:-1]) or "." for path in below})
+    wanted = (f"images are in {', '.join(folders[:20]) or 'no folder'}: give train/<class>/*, with "
+              "or without test/ or val/, and nothing else; or <class>/*; or images alone")
+    while (len({path[0] for path in below}) == 1 and min(map(len, below)) > 2
+           and below[0][0].lower() not in PARTS):
+        below = [path[1:] for path in below]
+    parts = [PARTS.get(path[0].lower()) for path in below]
+    if None not in parts or any(part and path[2:] for part, path in zip(parts, below)):
+        check("train" in parts and None not in parts, wanted)
+        below = [path[1:] for path in below]
+    else:
+        parts = ["train"] * len(files)                  # to be split
+    other = max({"train", "val", "test"} & {*parts}, key=("train", "val", "test").index)
+    rows = [(file, path[0] if path[1:] else "", part)
+            for file, path, part in zip(files, below, parts) if part in ("train", other)]
+    left_out.update(part for part in parts if part not in ("train", other))
+    classes = sorted({name for _, name, part in rows if part == "train"})
+    label = {name: i for i, name in enumerate(classes)}
+    check({name for _, name, _ in rows} == {*classes}, wanted)
+    check("" not in classes or len(classes) == 1, wanted)
+    mine = "train" if train else other
+    items = [(file, label[name]) for file, name, part in rows if part == mine]
+    if other == "train":
         items = seeded_split(items, train)
-    elif not train:
-        items = images_in(root / "test")
-    check(items and {name for _, name in items} <= set(classes or [""]), "it must hold images in "
-          "train/<class>/* and perhaps test/<class>/*, or in <class>/*, or all beside each other")
-    return [(path, classes.index(name) if name else 0) for path, name in items], classes
+    return items, [name for name in classes if name], left_out, files
 
-def decode(image, size):
-    """An image or image file -> uint8 RGB [3, size, size]: shorter side scaled, centre kept."""
-    with explained(f"{image} does not decode as an image: replace it or take it away"):
+def deep_values(image):
+    """The values of an image of one channel of more than 8 bits (16, 32, floats); else None."""
+    return np.nan_to_num(np.asarray(image, np.float64)) if image.mode[0] in "IF" else None
+
+def value_range(files):
+    """The lowest and the highest of all deep values in image files; None if there are none."""
+    found = []
+    for file in files:
+        with contextlib.suppress(Exception), Image.open(file) as image:     # decode tells of faults
+            values = deep_values(image)
+            found += [values.min().item(), values.max().item()]
+    return (min(found), max(found)) if found else None
+
+def decode(image, size, span=None):
+    """An image or image file -> uint8 RGB [3, size, size]: shorter side scaled, centre kept,
+    transparency on white. span: the deep values that become 0 and 255, or else the image's own."""
+    with explained(f"{image} does not decode as an image"):
         if not isinstance(image, Image.Image):
-            image = ImageOps.exif_transpose(Image.open(image))
+            image = Image.open(image)
+            with contextlib.suppress(Exception):        # damaged notes of a camera turn nothing
+                image = ImageOps.exif_transpose(image)
+        values = deep_values(image)
+        if values is not None:
+            low, high = span or (values.min(), values.max())
+            values = (values - low) / max(high - low, 1e-12) * 255
+            image = Image.fromarray(values.round().clip(0, 255).astype(np.uint8))
+        if image.has_transparency_data:
+            white = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(white, image.convert("RGBA"))
         image = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.LANCZOS)
         return torchvision.transforms.functional.pil_to_tensor(image)
 
 def load_dataset(name, split="train", image_size=None, data_dir="data"):
     """A data set in memory, decoded once and cached beside the data in prototype-*.pt -> Dataset.
     name: a key of Config.PRESETS; split: train or test; image_size: pixels (None: the preset's).
-    Raises Stop for an unknown name, missing or unreadable data, no network."""
+    Raises Stop for an unknown name, missing data, no network; and naming all unreadable images."""
     check(name in Config.PRESETS and split in SHAPE_SPLITS,
           f"no split {split} of {name}: choose train or test of {', '.join(Config.PRESETS)}")
     size = image_size or Config.PRESETS[name].get("image_size", Config.image_size)
@@ -880,27 +974,49 @@ def load_dataset(name, split="train", image_size=None, data_dir="data"):
     def open_set():
         with explained(f"{name} cannot be read in {root}: check --data-dir and the network"):
             return data_sets[name](root, split == "train")
+    def stamps(files):
+        return [f"{readable(file)} {file.stat().st_mtime_ns}" for file in files]
     key = []
+    span = None
+    left_out = {}
     if name == "folder":                                # its files may change
-        items, classes = open_set()
-        key = [*classes, *(f"{path} {path.stat().st_mtime_ns}" for path, _ in items)]
-    def make():
-        items, classes = open_set()
-        images = torch.empty(len(items), 3, size, size, dtype=torch.uint8)
-        labels = torch.empty(len(items), dtype=torch.int64)
+        items, classes, left_out, files = open_set()
+        def find_range(old):
+            return value_range(files)
+        span = cached(root / "prototype-folder-range.pt", stamps(files), find_range)
+        key = classes + [f"{stamp} {span}" for stamp in stamps(file for file, _ in items)]
+    def make(old):
+        items, classes, *_ = open_set()
+        rows = key[len(classes):] or [*range(len(items))]
+        decoded = dict(zip(old["rows"], old["images"])) if old else {}
+        with explained("the images do not fit into memory: lower --image-size"):
+            images = torch.zeros(len(items), 3, size, size, dtype=torch.uint8)
+        labels = torch.zeros(len(items), dtype=torch.int64)
+        faults = {}                                     # number of the image -> sentence
         def fetch(i):
             image, labels[i] = items[i]
-            images[i] = decode(image, size)
+            try:
+                images[i] = decoded[rows[i]] if rows[i] in decoded else decode(image, size, span)
+            except Stop as fault:
+                faults[i] = str(fault)
         with ThreadPoolExecutor() as pool:
-            list(pool.map(fetch, range(len(items))))    # as a list it raises what fetch raises
-        return dict(images=images, labels=labels if classes else None, classes=classes)
-    return Dataset(**cached(root / f"prototype-{name}-{split}-{size}.pt", key, make))
+            for i, _ in enumerate(pool.map(fetch, range(len(items)))):
+                progress(f"decoding: {i + 1}/{len(items)}")
+        rows = [None if i in faults else row for i, row in enumerate(rows)]
+        return dict(rows=rows, images=images, labels=labels, classes=classes,
+                    faults=[*faults.values()])
+    found = cached(root / f"prototype-{name}-{split}-{size}.pt", key, make)
+    check(not found["faults"], f"replace or take away: {'; '.join(found['faults'])}")
+    labels = found["labels"] if found["classes"] else None
+    left_out = ", ".join(f"{count} {what}" for what, count in left_out.items())
+    return Dataset(found["images"], labels, found["classes"], span=span, left_out=left_out)
 
 def load_sets(cfg):
     """The training set and the held-out set of a run; of one channel if all images are grey."""
     sets = [load_dataset(cfg.dataset, split, cfg.image_size, cfg.data_dir)
             for split in ("train", "test")]
     check(sets[0].classes or not cfg.labelled, "the images have no classes: use train/<class>/*")
+    progress(f"{cfg.dataset}: {sets[0]}; and {len(sets[1].images):,} held-out images", "\n")
     if all((data.images == data.images[:, :1]).all() for data in sets):
         for data in sets:
             data.images = data.images[:, :1].clone()
@@ -996,7 +1112,7 @@ def load_judge(cfg, data, device):
     torch.manual_seed(seed_of("judge"))
     features = resnet(*data.images.shape[1:3], cfg.judge_width)
     net = placed(nn.Sequential(features, nn.Linear(8 * cfg.judge_width, len(data.classes))), device)
-    def make():
+    def make(old):
         real = data
         if cfg.dataset == "shapes":                     # there are as many more as one likes
             real = load_dataset("shapes", "judge", cfg.image_size)
@@ -1031,13 +1147,14 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     values, vectors = torch.linalg.eigh(sigma1)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
     cross = torch.linalg.eigvalsh(root @ sigma2 @ root).clamp(min=0).sqrt().sum()
-    return ((mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * cross).item()
+    distance = (mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * cross
+    return max(0.0, distance.item())
 
 def inception_score(logits, splits=10):
     """exp(mean KL(p(y|x) || p(y))) (Salimans et al. 2016): logits [N, L] -> mean, std of splits."""
     order = torch.randperm(len(logits), generator=torch.Generator().manual_seed(0))
     scores = []
-    for part in logits[order].double().tensor_split(splits):
+    for part in logits[order].double().tensor_split(min(splits, len(logits))):
         log_p = part.log_softmax(1)
         log_mean = log_p.logsumexp(0) - math.log(len(part))
         scores.append((log_p.exp() * (log_p - log_mean)).sum(1).mean().exp().item())
@@ -1104,17 +1221,19 @@ def inception_metrics(cfg, samples, real, device):
         progress(str(error), "\n")
         return {}
     net.to(device)
-    def make():
+    def make(old):
         features, _ = inception_features(net, real, device)
         some = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))[:10_000]
         return dict(moments=moments(features), features=features[some])
     path = Path(cfg.data_dir, f"prototype-inception-{cfg.dataset}-{cfg.image_size}.pt")
-    reference = cached(path, [fingerprint(real), cfg.inception], make)
+    weights = torch.cat([p.flatten() for p in net.parameters()]).cpu()
+    reference = cached(path, [fingerprint(real), fingerprint(weights)], make)
     features, logits = inception_features(net, samples, device)
     fid = frechet_distance(*moments(features), *reference["moments"])
     values = [fid, *kernel_distance(features, reference["features"]), *inception_score(logits)]
     n = "" if len(samples) >= 50_000 else f"_{len(samples) / 1000:g}k"      # fewer: another number
-    return dict(zip([f"fid{n}", f"kid{n}", f"kid{n}_std", f"is{n}", f"is{n}_std"], values))
+    names = [f"fid{n}", f"kid{n}", f"kid{n}_std", f"is{n}", f"is{n}_std"]
+    return {name: x for name, x in zip(names, values) if not math.isnan(x)}     # KID of one image
 
 # ---- Metrics: do prototypes mean something? ------------------------------------------------------
 
@@ -1145,20 +1264,27 @@ def resemblance(z, k, most=2000):
 
 # ---- Pictures ------------------------------------------------------------------------------------
 
+@contextlib.contextmanager
+def drawing(path, width, height):
+    """A figure of that many inches, saved to path at the end. A $ in a text begins no formula."""
+    with matplotlib.rc_context({"text.parse_math": False}):
+        fig = Figure(figsize=(width, height), layout="constrained")
+        yield fig
+        fig.savefig(path, dpi=120)
+
 def draw_grid(path, images, rows, title, columns=(), size=0.55):
     """uint8 images [R * n, C, H, W], `size` inches each, as R named rows of n, named columns."""
     n = len(images) // len(rows)
     centres = (np.arange(max(n, len(rows))) + 0.5) * (images.shape[-1] + 1)
     tiles = torchvision.utils.make_grid(images, n, padding=1, pad_value=255)
-    fig = Figure(figsize=(1.5 + size * n, 0.7 + size * len(rows)), layout="constrained")
-    axes = fig.subplots()
-    axes.imshow(tiles.permute(1, 2, 0), interpolation="nearest")
-    axes.set_yticks(centres[:len(rows)], rows)
-    axes.set_xticks(centres[:len(columns)], columns, fontsize="small")
-    axes.tick_params(length=0)
-    axes.spines[:].set_visible(False)
-    fig.suptitle(title, fontsize="medium", wrap=True)
-    fig.savefig(path, dpi=130)
+    with drawing(path, 1.5 + size * n, 0.7 + size * len(rows)) as fig:
+        axes = fig.subplots()
+        axes.imshow(tiles.permute(1, 2, 0), interpolation="nearest")
+        axes.set_yticks(centres[:len(rows)], rows)
+        axes.set_xticks(centres[:len(columns)], columns, fontsize="small")
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
+        fig.suptitle(title, fontsize="medium", wrap=True)
 
 def draw_samples(path, images, labels, names, title):
     """samples.png: a row for each label that occurs (the first 20), of up to 10 images."""
@@ -1181,58 +1307,56 @@ def draw_denoising(path, cfg, run, conditions, names):
 def draw_curves(path, groups, names):
     """Columns of the logs of runs (group -> list of metrics.json) over steps, and over all seconds.
     A group of several runs gets its mean at the end, with the 95 % interval."""
-    fig = Figure(figsize=(3 * len(names), 6), layout="constrained")
-    for name, (steps, clock) in zip(names, fig.subplots(2, len(names), squeeze=False).T):
-        for i, (group, runs) in enumerate(groups.items()):
-            for run in runs:
-                rows = [row for row in run["log"] if name in row]
-                values = [row[name] for row in rows]
-                seconds = [run["seconds_before"] + row["seconds"] for row in rows]
-                steps.plot([row["step"] for row in rows], values, ".-", color=f"C{i}")
-                clock.plot(seconds, values, ".-", color=f"C{i}")
-            if len(runs) > 1:
-                mean, half = mean_interval([run["log"][-1].get(name, math.nan) for run in runs])
-                steps.errorbar(runs[0]["step"], mean, half, fmt="o", capsize=6, color=f"C{i}")
-            clock.plot([], [], color=f"C{i}", label=group)
-        steps.set(title=name, xlabel="training step")
-        clock.set_xlabel("seconds, with all before training")
-    fig.legend(*clock.get_legend_handles_labels(), loc="outside upper center")
-    fig.savefig(path, dpi=90)
+    with drawing(path, 3 * len(names), 6) as fig:
+        for name, (steps, clock) in zip(names, fig.subplots(2, len(names), squeeze=False).T):
+            for i, (group, runs) in enumerate(groups.items()):
+                for run in runs:
+                    rows = [row for row in run["log"] if name in row]
+                    values = [row[name] for row in rows]
+                    seconds = [run["seconds_before"] + row["seconds"] for row in rows]
+                    steps.plot([row["step"] for row in rows], values, ".-", color=f"C{i}")
+                    clock.plot(seconds, values, ".-", color=f"C{i}")
+                if len(runs) > 1:
+                    mean, half = mean_interval([run["log"][-1].get(name, math.nan) for run in runs])
+                    steps.errorbar(runs[0]["step"], mean, half, fmt="o", capsize=6, color=f"C{i}")
+                clock.plot([], [], color=f"C{i}", label=group)
+            steps.set(title=name, xlabel="training step")
+            clock.set_xlabel("seconds, with all before training")
+        fig.legend(*clock.get_legend_handles_labels(), loc="outside upper center")
 
 def draw_features(path, z, prototypes, panels):
     """features.png: features z [N, D] and prototypes [K, D] in two dimensions, a panel a colouring.
     panels: (title, group of each feature [N], names of the groups)."""
     plane = torch.linalg.eigh(moments(z)[1]).eigenvectors[:, -2:].flip(1).float()   # [D, 2]
     stars = prototypes @ plane
-    fig = Figure(figsize=(6.5 * len(panels), 5.5), layout="constrained")
-    for i, (title, groups, names) in enumerate(panels):
-        axes = fig.add_subplot(1, len(panels), i + 1)
-        axes.scatter(*stars.T, s=400, marker="*", color="white", edgecolor="black")
-        dots = axes.scatter(*(z @ plane).T, s=4, alpha=0.5, c=groups % 20, cmap="tab20", vmax=19)
-        for number, star in enumerate(stars[:40].tolist()):
-            axes.annotate(str(number), star, textcoords="offset points", xytext=(10, 7))
-        axes.set(title=title, xlabel="first principal component", ylabel="second")
-        if len(names) <= 20:
-            axes.legend(dots.legend_elements(num=None)[0], [names[g] for g in groups.unique()])
-    fig.suptitle("features z of held-out images (dots) and prototypes (stars, numbered)")
-    fig.savefig(path, dpi=110)
+    with drawing(path, 6.5 * len(panels), 5.5) as fig:
+        for i, (title, groups, names) in enumerate(panels):
+            axes = fig.add_subplot(1, len(panels), i + 1)
+            axes.scatter(*stars.T, s=400, marker="*", color="white", edgecolor="black")
+            dots = axes.scatter(*(z @ plane).T, s=4, alpha=0.5, c=groups % 20, cmap="tab20", vmax=19)
+            for number, star in enumerate(stars[:40].tolist()):
+                axes.annotate(str(number), star, textcoords="offset points", xytext=(10, 7))
+            axes.set(title=title, xlabel="first principal component", ylabel="second")
+            if len(names) <= 20:                        # a legend leaves out names that begin with _
+                present = [f" {names[g]}" for g in groups.unique()]
+                axes.legend(dots.legend_elements(num=None)[0], present)
+        fig.suptitle("features z of held-out images (dots) and prototypes (stars, numbered)")
 
 def draw_usage(path, rows, table, classes):
     """usage.png: prototypes in use over training, from log.csv; the contingency table [K, C]."""
     K = len(table)
-    fig = Figure(figsize=(13, 4.5), layout="constrained")
-    use, matrix = fig.subplots(1, 2)
-    steps = [row["step"] for row in rows]
-    use.plot(steps, [row["usage_perplexity"] for row in rows], label="perplexity of their use")
-    use.plot(steps, [K - row["dead_prototypes"] for row in rows], label="alive: chosen at all")
-    use.set(title=f"prototypes in use, of {K}", xlabel="step", ylim=(0, 1.1 * K))
-    use.legend()
-    fig.colorbar(matrix.imshow(table, aspect="auto"), ax=matrix, label="held-out images")
-    matrix.set(title="which images choose each prototype", ylabel="prototype")
-    matrix.set_yticks(range(0, K, math.ceil(K / 20)))
-    if len(classes) <= 20:
-        matrix.set_xticks(range(len(classes)), classes, rotation=90)
-    fig.savefig(path, dpi=110)
+    with drawing(path, 13, 4.5) as fig:
+        use, matrix = fig.subplots(1, 2)
+        steps = [row["step"] for row in rows]
+        use.plot(steps, [row["usage_perplexity"] for row in rows], label="perplexity of their use")
+        use.plot(steps, [K - row["dead_prototypes"] for row in rows], label="alive: chosen at all")
+        use.set(title=f"prototypes in use, of {K}", xlabel="step", ylim=(0, 1.1 * K))
+        use.legend()
+        fig.colorbar(matrix.imshow(table, aspect="auto"), ax=matrix, label="held-out images")
+        matrix.set(title="which images choose each prototype", ylabel="prototype")
+        matrix.set_yticks(range(0, K, math.ceil(K / 20)))
+        if len(classes) <= 20:
+            matrix.set_xticks(range(len(classes)), classes, rotation=90)
 
 # ---- Devices and random numbers ------------------------------------------------------------------
 
@@ -1281,22 +1405,29 @@ def random_index(N, n, *key):
 
 # ---- Files: a run is a folder --------------------------------------------------------------------
 
-def save_safely(content, path):
-    """torch.save by way of a temporary neighbour: a kill leaves the old file or the new one."""
+@contextlib.contextmanager
+def replacing(path):
+    """Yields a temporary neighbour of the file `path`, open for bytes, which takes its place at the
+    end: a kill leaves the old file or the new one. Raises Stop if it cannot be written."""
     temporary = Path(f"{path}.{os.getpid()}.tmp")
     with explained(f"{path} cannot be written"):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            torch.save(content, temporary)
+            with open(temporary, "wb") as file:
+                yield file
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
 
+def save_safely(content, path):
+    """torch.save, all or nothing."""
+    with replacing(path) as file:
+        torch.save(content, file)
+
 def save_json(content, path):
-    """Write a .json file by way of a temporary neighbour, like save_safely."""
-    temporary = Path(f"{path}.tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    """A .json file, all or nothing."""
+    with replacing(path) as file:
+        file.write((json.dumps(content, indent=1) + "\n").encode())
 
 def read_json(path):
     """The dict in a run's .json file. Raises Stop if there is none."""
@@ -1304,12 +1435,15 @@ def read_json(path):
         return dict(json.loads(path.read_text(encoding="utf-8")))
 
 def cached(path, key, make):
-    """What make() returns, kept in `path` for the next time that the key is the same."""
+    """What make(old) returns, kept in `path` for the next time that the key is the same.
+    old: what was kept for another key, or None."""
+    old = None
     with contextlib.suppress(Exception):                # there is none, or not a whole one
         saved = torch.load(path, map_location="cpu")
+        old = saved["content"]
         if saved["key"] == key:
-            return saved["content"]
-    content = make()
+            return old
+    content = make(old)
     try:
         save_safely(dict(key=key, content=content), path)
     except Stop as error:
@@ -1317,14 +1451,17 @@ def cached(path, key, make):
     return content
 
 def new_folder(wanted):
-    """Make `wanted`, or the first empty one of wanted-2, -3, ...: nothing is written over."""
+    """Make the folder `wanted`, or the first of wanted-2, -3, ... that is not there. What is there
+    is left alone, even if empty: so two runs that start together never share a folder."""
     folder = Path(wanted)
     number = 1
-    while folder.exists() and any(folder.iterdir()):
-        number += 1
-        folder = Path(f"{wanted}-{number}")
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    while True:
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            number += 1
+            folder = Path(f"{wanted}-{number}")
 
 def save_checkpoint(folder, step, known, log, parts):
     """checkpoint.pt. parts: name -> module, optimiser or scaler."""
@@ -1358,8 +1495,9 @@ def load_run(folder, device="auto"):
                            step=state["step"], log=state["log"], state=state)
 
 def mean_losses(history):
-    """Means of losses, dicts of scalars, over steps and processes -> dict. Waits for the device."""
-    means = torch.stack([torch.stack([*losses.values()]).detach() for losses in history]).mean(0)
+    """Means of losses, dicts of scalars, over the steps that were finite, and processes -> dict."""
+    losses = torch.stack([torch.stack([*losses.values()]).detach() for losses in history])
+    means = losses.where(losses.isfinite(), math.nan).nanmean(0)
     if WORLD > 1:
         dist.all_reduce(means)
     return dict(zip(history[0], (means / WORLD).tolist()))
@@ -1371,35 +1509,68 @@ def write_csv(path, rows):
         writer.writeheader()
         writer.writerows(rows)
 
+def tell_of_steps(run, cfg):
+    """What --resume does if the number of steps is another one."""
+    if run.step >= cfg.steps:
+        progress(f"step {run.step} of {cfg.steps}: there is nothing left to train", "\n")
+    elif cfg.steps != run.config.steps:
+        rate = learning_rate(run.step, run.config)
+        progress(f"for {cfg.steps} steps in all, the learning rate goes from {rate:.2g} to "
+                 f"{learning_rate(run.step, cfg):.2g}, and then on down to 0", "\n")
+
 def progress(text, end="\r"):
     """A line, which the next one overwrites if it ends with a return: those only on a terminal."""
     if RANK == 0 and (end == "\n" or sys.stdout.isatty()):
         print(f"{text:79}", end=end, flush=True)
 
 @contextlib.contextmanager
-def interruptible():
-    """Yields a list that Ctrl-C fills, so that a step can end first; Ctrl-C twice stops at once."""
-    interrupts = []
-    def note(*_):
-        interrupts.append(True)
-        signal.signal(signal.SIGINT, before)
-    before = signal.signal(signal.SIGINT, note)
+def on_signals(handler):
+    """Inside, Ctrl-C and SIGTERM call handler(number, frame); not in a thread, which may not."""
+    before = {}
+    with contextlib.suppress(ValueError):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, handler)
     try:
-        yield interrupts
+        yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, old in before.items():
+            signal.signal(number, old)
+
+def interrupt(number, frame):
+    """Stop at once: a KeyboardInterrupt that knows its signal."""
+    raise KeyboardInterrupt(number)
+
+@contextlib.contextmanager
+def interruptible():
+    """Yields a list that gets the numbers of such signals, so that a step can end first. A second
+    one stops at once, but not under torchrun, which sends each of them twice."""
+    interrupts = []
+    def note(number, frame):
+        if interrupts and WORLD == 1:
+            interrupt(number, frame)
+        interrupts.append(number)
+    with on_signals(note):
+        yield interrupts
 
 # ---- Tasks: train, sample, evaluate, compare -----------------------------------------------------
 
+def in_any_process(flag, device):
+    """Is the flag set in one of torchrun's processes? All of them get the same answer."""
+    if WORLD == 1:
+        return flag
+    total = torch.tensor(float(flag), device=device)
+    dist.all_reduce(total)
+    return total.item() > 0
+
 def new_run(cfg, sets, folder, device):
     """All that comes before training: config.json, and the checkpoint of step 0.
-    known: shape and classes of the images, their fingerprint, seconds that this took, and what
-    model.begin(cfg, sets, folder, device) returns: targets [N], figures, and what the method
-    needs."""
+    known: shape, classes and span (see Dataset) of the images, their fingerprint, seconds that this
+    took, and what model.begin returns: targets [N], figures, and what the method needs."""
     start = time.perf_counter()
     save_json(vars(cfg), folder / "config.json")
     images = sets[0].images
-    known = dict(shape=images.shape[1:], classes=sets[0].classes, images=fingerprint(images))
+    known = dict(shape=images.shape[1:], classes=sets[0].classes, images=fingerprint(images),
+                 span=sets[0].span)
     torch.manual_seed(cfg.seed)                         # the same network whatever the prototypes
     model = cfg.build(known)
     known.update(model.begin(cfg, sets, folder, device))
@@ -1411,11 +1582,12 @@ def train_run(cfg, given, device, load=load_sets):
     """Start or go on with a run, alone or as one of torchrun's processes -> folder, data sets."""
     if WORLD > 1:                                       # the others wait while the first decodes
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))
+        with explained("torchrun's processes do not find each other"):
+            dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))
     if RANK == 0:
         sets = load(cfg)                                # faults show before a folder is made
         given.folder = given.task[1] or new_folder(given.out or f"runs/{SCRIPT}-{cfg.dataset}")
-        progress(f"{given.folder}: {len(sets[0].images)} training images, {device}", "\n")
+        progress(f"{given.folder}, on {device}", "\n")
         if not (given.folder / "checkpoint.pt").exists():
             new_run(cfg, sets, given.folder, device)
     if WORLD > 1:
@@ -1430,11 +1602,13 @@ def train_run(cfg, given, device, load=load_sets):
     return given.folder, sets
 
 def asked_labels(text, classes):
-    """Text like 0,3 or circle,star -> class numbers; all if empty. Raises Stop for any other."""
-    words = [word.strip() for word in text.split(",")] if text else classes
+    """Text like 0,3 or circle,"a, b" -> class numbers; all if empty. Numbers count from 0, but if a
+    class is called by a number they are names. Raises Stop for any other."""
+    words = next(csv.reader([text], skipinitialspace=True)) if text else classes
+    numbers = {} if any(name.isdecimal() for name in classes) else map(str, range(len(classes)))
+    label = {word: i for names in (numbers, classes) for i, word in enumerate(names)}
     with explained(f"'{text}': give 0 to {len(classes) - 1}, or of {', '.join(classes[:20])}"):
-        numbers = range(len(classes))
-        return [classes.index(w) if w in classes else numbers.index(int(w)) for w in words]
+        return [label[word.strip()] for word in words]
 
 def write_metrics(cfg, run, figures, folder):
     """metrics.json: figures, also printed, with settings, machine and log; and curves.png."""
@@ -1518,7 +1692,7 @@ def asked_conditions(cfg, run, given):
     names = condition_names(cfg, run)
     if given.like:
         check(cfg.conditioning == "prototype", "this run has no prototypes: leave out --like")
-        image = decode(Path(given.like), cfg.image_size)[None, :run.known["shape"][0]]
+        image = decode(Path(given.like), cfg.image_size, run.known["span"])[None, :run.known["shape"][0]]
         chosen = run.model.choose(image, run.device)[1].tolist()
         print(f"{given.like} chooses {names[chosen[0]]}")
     elif given.labels:
@@ -1529,10 +1703,12 @@ def asked_conditions(cfg, run, given):
 
 def sample_pdm(cfg, run, k, folder):
     """Samples of prototypes k [N] -> uint8 [N, C, H, W], in samples.png and samples.npz.
-    samples.npz is what the guided-diffusion evaluator reads: arr_0 uint8 [N, H, W, C], arr_1 k."""
+    samples.npz, for the guided-diffusion evaluator: arr_0 uint8 [N, H, W, C], arr_1 k; and classes,
+    the names of prototypes."""
     images = generate(cfg, run, k)
-    np.savez(folder / "samples.npz", arr_0=images.permute(0, 2, 3, 1), arr_1=k)
-    draw_samples(folder / "samples.png", images, k, condition_names(cfg, run),
+    names = condition_names(cfg, run)
+    np.savez(folder / "samples.npz", arr_0=images.permute(0, 2, 3, 1), arr_1=k, classes=names)
+    draw_samples(folder / "samples.png", images, k, names,
                  f"{cfg.dataset}, {run.step} steps; guidance {cfg.guidance}, "
                  f"{cfg.sample_steps} {cfg.sampler} steps, seed {cfg.seed}")
     return images
@@ -1603,25 +1779,28 @@ def measure_cost(cfg, run, sets, rounds=5):
 
 def evaluate_pdm(cfg, run, sets, folder):
     """Samples, pictures and metrics.json of a trained run, in `folder`."""
-    start = time.perf_counter()
-    k = draw_conditions(cfg, run)
-    images = sample_pdm(cfg, run, k, folder)
-    figures = dict(seconds_sampling=time.perf_counter() - start)
-    names = condition_names(cfg, run)[:10]
-    draw_denoising(folder / "denoising.png", cfg, run, torch.arange(len(names)), names)
-    if sets[0].classes:
-        judge = load_judge(cfg, sets[0], run.device)
-        made = judge_images(judge, images, k, run.device)
-        real = judge_images(judge, sets[1].images, sets[1].labels, run.device)
-        figures.update(frechet=made["frechet"], real_frechet=real["frechet"],
-                       real_accuracy=real["accuracy"])
-        if cfg.supervised:                              # else prototypes are no classes
-            figures["accuracy"] = made["accuracy"]
-    if cfg.conditioning == "prototype":
-        figures.update(measure_prototypes(cfg, run, sets, images, k, folder))
-        figures.update(measure_cost(cfg, run, sets))
-    figures.update(inception_metrics(cfg, images, sets[0].images, run.device))
-    write_metrics(cfg, run, figures, folder)
+    figures = {}
+    try:
+        start = time.perf_counter()
+        k = draw_conditions(cfg, run)
+        images = sample_pdm(cfg, run, k, folder)
+        figures["seconds_sampling"] = time.perf_counter() - start
+        names = condition_names(cfg, run)[:10]
+        draw_denoising(folder / "denoising.png", cfg, run, torch.arange(len(names)), names)
+        if sets[0].classes:
+            judge = load_judge(cfg, sets[0], run.device)
+            made = judge_images(judge, images, k, run.device)
+            real = judge_images(judge, sets[1].images, sets[1].labels, run.device)
+            figures.update(frechet=made["frechet"], real_frechet=real["frechet"],
+                           real_accuracy=real["accuracy"])
+            if cfg.supervised:                          # else prototypes are no classes
+                figures["accuracy"] = made["accuracy"]
+        if cfg.conditioning == "prototype":
+            figures.update(measure_prototypes(cfg, run, sets, images, k, folder))
+            figures.update(measure_cost(cfg, run, sets))
+        figures.update(inception_metrics(cfg, images, sets[0].images, run.device))
+    finally:                                            # whatever fails, keep what was measured
+        write_metrics(cfg, run, figures, folder)
 
 # ---- Command line --------------------------------------------------------------------------------
 
@@ -1652,10 +1831,13 @@ def read_settings(given):
     flags = {name: value for name, value in vars(given).items() if name in defaults}
     task, earlier = given.task
     check(WORLD == 1 or task in ("train", "resume"), f"--{task} works in one process")
+    check(RANK < WORLD and (WORLD > 1 or TORCHRUN in ([None, None], ["0", "1"])), "RANK and "
+          f"WORLD_SIZE are {TORCHRUN} and not as torchrun sets them: unset them, or use torchrun")
     saved = read_json(earlier / "config.json") if earlier else {}
     with explained(f"{earlier} is of another version of this script"):
         preset = Config.PRESETS[{**defaults, **saved, **flags}["dataset"]]
         cfg = Config(**{**preset, **saved, **flags})
+    cfg.data_dir = os.path.abspath(cfg.data_dir)        # where the run goes on may be elsewhere
     for name, value in vars(cfg).items():
         flag = f"--{name.replace('_', '-')} {value}"
         if not isinstance(value, str):
@@ -1676,20 +1858,33 @@ def read_settings(given):
     return cfg
 
 def exit_status(task, given):
-    """Run task(given) -> 0; 2 after one sentence for what a person can put right; 130: Ctrl-C."""
+    """Run task(given) -> 0; 2 after one sentence for what a person can put right; 130 for Ctrl-C,
+    143 for SIGTERM."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError):       # a notebook's
+            stream.reconfigure(errors="backslashreplace")
     try:
-        task(given)
+        with on_signals(interrupt):
+            task(given)
+            print(end="", flush=True)
         return 0
-    except KeyboardInterrupt:
-        advice = f"; go on with --resume {given.folder}" if given.folder else ""
-        print(f"\ninterrupted{advice}", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:
+        command = ["python", f"{SCRIPT}.py", "--resume", str(given.folder)]
+        text = subprocess.list2cmdline(command) if os.name == "nt" else shlex.join(command)
+        print(f"\ninterrupted{f'; go on with: {text}' * bool(given.folder)}", file=sys.stderr)
+        return 128 + (stop.args or [signal.SIGINT])[0]
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        fault = "stopped, for what should read the output (| head) has ended"
     except (Stop, OSError) as error:
-        fault = error
+        fault = error if isinstance(error, Stop) else f"{reason(error)} {error.filename or ''}"
     except (RuntimeError, MemoryError) as error:
-        if isinstance(error, RuntimeError) and "allocate" not in str(error):
-            raise
+        module = type(error).__module__
         fault = "memory ran out: lower --batch-size, --sample-batch or raise --accumulate"
+        if module.startswith(("torch._inductor", "torch._dynamo")):
+            fault = f"leave out --compile, which does not work here ({reason(error)})"
+        elif isinstance(error, RuntimeError) and "allocate" not in str(error):
+            raise
     print(f"\n{SCRIPT}: {fault}", file=sys.stderr)
     return 2
 
