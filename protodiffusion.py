@@ -39,7 +39,6 @@ import os
 import re
 import shlex
 import signal
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -649,8 +648,8 @@ class Dataset:
         count = len(self.classes)
         names = ", ".join(self.classes[:10]) + (count > 10) * ", ..."
         grey = (self.images == self.images[:, :1]).all()
-        return (f"{len(self.images):,} images of {count or 'no'} classes ({names}), "
-                f"in {'grey' if grey else 'colour'}; left out: {self.left_out or 'nothing'}")
+        return (f"{len(self.images):,} images of {count or 'no'} classes ({names}), in "
+                f"{['colour', 'grey'][grey]}; left out: {self.left_out or 'nothing'}")
 
 def signed_distances(x, y):
     """Signed distance, negative inside, of points x, y to each of SHAPES, of radius about 1."""
@@ -771,7 +770,12 @@ def find_images(folder, left_out):
 
 def readable(path):
     """A path as text that can be printed and saved, also if it is not UTF-8."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
+    return str(path).encode(errors="backslashreplace").decode()
+
+def stamp(image, span=None):
+    """A text that tells a file, as it is now, from others. Images in memory are not told apart."""
+    changed = image.stat().st_mtime_ns if isinstance(image, Path) else ""
+    return f"{readable(image)} {changed} {span}"
 
 def open_folder(root, train):
     """A folder of images -> items (file, label), classes, what was left out, all files.
@@ -842,6 +846,28 @@ def decode(image, size, span=None):
         image = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.LANCZOS)
         return torchvision.transforms.functional.pil_to_tensor(image)
 
+def decode_all(items, size, span, old):
+    """Items (image or file, label) -> dict of images, labels, stamps, faults (sentences).
+    old: what this gave another time, or None. What it has is not decoded again."""
+    with explained("the images do not fit into memory: lower --image-size"):
+        images = torch.zeros(len(items), 3, size, size, dtype=torch.uint8)
+    labels = torch.zeros(len(items), dtype=torch.int64)
+    known = dict(zip(old["stamps"], old["images"])) if old and "stamps" in old else {}
+    stamps = [""] * len(items)
+    faults = []
+    def fetch(i):
+        image, labels[i] = items[i]
+        mark = stamp(image, span)
+        try:
+            images[i] = known[mark] if mark in known else decode(image, size, span)
+            stamps[i] = mark
+        except Stop as fault:
+            faults.append(str(fault))
+    with ThreadPoolExecutor() as pool:
+        for i, _ in enumerate(pool.map(fetch, range(len(items)))):
+            progress(f"decoding: {i + 1}/{len(items)}")
+    return dict(images=images, labels=labels, stamps=stamps, faults=faults)
+
 def load_dataset(name, split="train", image_size=None, data_dir="data"):
     """A data set in memory, decoded once and cached beside the data in prototype-*.pt -> Dataset.
     name: a key of Config.PRESETS; split: train or test; image_size: pixels (None: the preset's).
@@ -856,42 +882,21 @@ def load_dataset(name, split="train", image_size=None, data_dir="data"):
     def open_set():
         with explained(f"{name} cannot be read in {root}: check --data-dir and the network"):
             return data_sets[name](root, split == "train")
-    def stamps(files):
-        return [f"{readable(file)} {file.stat().st_mtime_ns}" for file in files]
-    key = []
-    span = None
-    left_out = {}
+    key = None
+    extra = {}
     if name == "folder":                                # its files may change
         items, classes, left_out, files = open_set()
-        def find_range(old):
-            return value_range(files)
-        span = cached(root / "prototype-folder-range.pt", stamps(files), find_range)
-        key = classes + [f"{stamp} {span}" for stamp in stamps(file for file, _ in items)]
+        span = cached(root / "prototype-folder-range.pt", [stamp(file) for file in files],
+                      lambda old: value_range(files))
+        key = [*classes, *(stamp(file, span) for file, _ in items)]
+        extra = dict(span=span, left_out=", ".join(f"{n} {what}" for what, n in left_out.items()))
     def make(old):
         items, classes, *_ = open_set()
-        rows = key[len(classes):] or [*range(len(items))]
-        decoded = dict(zip(old["rows"], old["images"])) if old else {}
-        with explained("the images do not fit into memory: lower --image-size"):
-            images = torch.zeros(len(items), 3, size, size, dtype=torch.uint8)
-        labels = torch.zeros(len(items), dtype=torch.int64)
-        faults = {}                                     # number of the image -> sentence
-        def fetch(i):
-            image, labels[i] = items[i]
-            try:
-                images[i] = decoded[rows[i]] if rows[i] in decoded else decode(image, size, span)
-            except Stop as fault:
-                faults[i] = str(fault)
-        with ThreadPoolExecutor() as pool:
-            for i, _ in enumerate(pool.map(fetch, range(len(items)))):
-                progress(f"decoding: {i + 1}/{len(items)}")
-        rows = [None if i in faults else row for i, row in enumerate(rows)]
-        return dict(rows=rows, images=images, labels=labels, classes=classes,
-                    faults=[*faults.values()])
+        return dict(classes=classes, **decode_all(items, size, extra.get("span"), old))
     found = cached(root / f"prototype-{name}-{split}-{size}.pt", key, make)
     check(not found["faults"], f"replace or take away: {'; '.join(found['faults'])}")
     labels = found["labels"] if found["classes"] else None
-    left_out = ", ".join(f"{count} {what}" for what, count in left_out.items())
-    return Dataset(found["images"], labels, found["classes"], span=span, left_out=left_out)
+    return Dataset(found["images"], labels, found["classes"], **extra)
 
 def load_sets(cfg):
     """The training set and the held-out set of a run; of one channel if all images are grey."""
@@ -1091,7 +1096,7 @@ def inception_metrics(cfg, samples, real, device):
         some = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))[:10_000]
         return dict(moments=moments(features), features=features[some])
     path = Path(cfg.data_dir, f"prototype-inception-{cfg.dataset}-{cfg.image_size}.pt")
-    weights = torch.cat([p.flatten() for p in net.parameters()]).cpu()
+    weights = torch.cat([w.flatten().float() for w in net.state_dict().values()]).cpu()
     reference = cached(path, [fingerprint(real), fingerprint(weights)], make)
     features, logits = inception_features(net, samples, device)
     fid = frechet_distance(*moments(features), *reference["moments"])
@@ -1594,15 +1599,19 @@ def exit_status(task, given):
             print(end="", flush=True)
         return 0
     except KeyboardInterrupt as stop:
-        command = ["python", f"{SCRIPT}.py", "--resume", str(given.folder)]
-        text = subprocess.list2cmdline(command) if os.name == "nt" else shlex.join(command)
-        print(f"\ninterrupted{f'; go on with: {text}' * bool(given.folder)}", file=sys.stderr)
+        advice = ""
+        if given.folder:
+            command = ["python", f"{SCRIPT}.py", "--resume", given.folder.as_posix()]
+            advice = f"; go on with: {shlex.join(command)}"
+        print(f"\ninterrupted{advice}", file=sys.stderr)
         return 128 + (stop.args or [signal.SIGINT])[0]
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         fault = "stopped, for what should read the output (| head) has ended"
-    except (Stop, OSError) as error:
-        fault = error if isinstance(error, Stop) else f"{reason(error)} {error.filename or ''}"
+    except Stop as error:
+        fault = error
+    except OSError as error:
+        fault = reason(error)
     except (RuntimeError, MemoryError) as error:
         module = type(error).__module__
         fault = "memory ran out: lower --batch-size, --sample-batch or raise --accumulate"

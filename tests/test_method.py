@@ -128,8 +128,12 @@ def step_inputs():
     return a.sqrt() * x0 + (1 - a).sqrt() * eps, x0, eps, noise, a, a_next
 
 def test_ddpm_step_is_ddim_step_at_eta_one():
+    """The posterior of DDPM, eq. 6-7, whose beta between two levels is 1 - a / a_next."""
     x, x0, eps, noise, a, a_next = step_inputs()
-    assert close(pd.ddpm_step(x, x0, a, a_next, noise), pd.ddim_step(x, x0, eps, a, a_next, 1.0, noise), 1e-12, 1e-12)
+    beta = 1 - a / a_next
+    mean = (a_next.sqrt() * beta * x0 + (a / a_next).sqrt() * (1 - a_next) * x) / (1 - a)
+    ddpm = mean + ((1 - a_next) / (1 - a) * beta).sqrt() * noise
+    assert close(ddpm, pd.ddim_step(x, x0, eps, a, a_next, 1.0, noise), 1e-12, 1e-12)
 
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 def test_ddim_step_weighs_image_prediction_and_noise(eta):

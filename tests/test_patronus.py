@@ -520,7 +520,7 @@ def test_images_without_traits_are_enough_and_grey_ones_stay_grey(tmp_path, caps
     assert pt.main(words(**folder, out=out)) == 0
     assert set(contents(out)) == BASIC | EXPLAINED | MEASURED - {"diagnosis.png"}
     assert {"live", "raised"} < set(metrics(out)) and not {"auroc", "tad", "frechet", *LEAK} & set(metrics(out))
-    refused(pt, capsys, flags(diagnose=out, out=tmp_path / "d"), root, "neither attributes nor classes")
+    refused(pt, capsys, flags(diagnose=out, out=tmp_path / "d"), "no two traits")
     Image.new("RGB", (20, 30), (200, 100, 30)).save(tmp_path / "colour.png")
     assert pt.main([*flags(model=out, edit=tmp_path / "colour.png", out=tmp_path / "e"), "--set=1=2"]) == 0
 

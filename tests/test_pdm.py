@@ -298,9 +298,9 @@ def test_prototypes_are_drawn_as_often_as_they_were_chosen_or_uniformly():
 
 def test_samples_of_prototypes_asked_for_or_of_the_one_that_an_image_chooses(runs, tmp_path, capsys):
     def sampled(run, **words):
-        out = pdm.new_folder(tmp_path / "s")
-        assert pdm.main(flags(sample=run, num_samples=5, out=out, **words)) == 0
-        return samples(out)[1].tolist()
+        count = len([*tmp_path.glob("s*")])
+        assert pdm.main(flags(sample=run, num_samples=5, out=tmp_path / f"s{count}", **words)) == 0
+        return samples(tmp_path / f"s{count}")[1].tolist()
     assert sampled(runs.pdm, prototype="3,0") == [3, 0, 3, 0, 3] and sampled(runs.plain) == [0] * 5
     assert sampled(runs.spdm, labels="star,3") == [9, 3, 9, 3, 9] and sampled(runs.spdm, prototype=4) == [4] * 5
     images = shapes("test").images
