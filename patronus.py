@@ -18,7 +18,7 @@ To make new images, a second diffusion model draws s.
 
     python patronus.py                              # shapes: train, explain, measure
     python patronus.py --bias 0.95                  # plants a correlation: the diagnosis finds it
-    python patronus.py --edit image.png --model runs/NAME --set 12=2.5
+    python patronus.py --edit image.png --model runs/NAME --set 12=2.5      # s_12 becomes 2.5
 
 Comments marked "choice:" say where the paper is silent or we differ; "# exercise" marks functions
 to write again from their docstrings. To change what a patch is, look at patch_encoder; how
@@ -60,7 +60,7 @@ from torch import nn
 from torchvision.transforms import v2
 
 SCRIPT = Path(__file__).stem
-TORCHRUN = [os.environ.get(name) for name in ("RANK", "WORLD_SIZE")]    # numbers, if it started us
+TORCHRUN = [os.environ.get(name) for name in ("RANK", "WORLD_SIZE")]    # under torchrun two numbers
 RANK, WORLD = map(int, TORCHRUN if all(str(n).isdecimal() for n in TORCHRUN) else (0, 1))
 
 # ---- Settings ------------------------------------------------------------------------------------
@@ -71,7 +71,7 @@ class Config:
     dataset: Literal["shapes", "folder", "fashion-mnist", "cifar10", "celeba"] = "shapes"  # images
     data_dir: str = "data"          # where data lie or are downloaded to; the folder of images
     image_size: int = 32            # side of the images, pixels
-    bias: float = 0.5               # shapes: P(dot and warm hue, or neither); 0.5: independent
+    bias: float = 0.5               # shapes: P(dot just if the hue is warm); 0.5: independent
     # prototypes
     num_prototypes: int = 64        # m, number of prototypes
     prototype_dim: int = 32         # D, numbers in a prototype and in a patch's feature
@@ -111,7 +111,7 @@ class Config:
     sample_steps: int = 20          # steps from noise to image
     invert_steps: int = 100         # steps of inversion, and again of the way back to the image
     sample_batch: int = 250         # images sampled at a time
-    pairs: int = 120                # (prototype, image) pairs on which raising is tested
+    pairs: int = 120                # (prototype, image) pairs: does s_j grow if raised?
     attribute: str = ""             # diagnosis: the trait to move; empty: the first one
     watch: str = ""                 # diagnosis: the trait that may follow; empty: the last one
     judge_steps: int = 300          # steps of the judge, a classifier of traits trained apart
@@ -141,7 +141,7 @@ class Config:
 
 def patch_encoder(channels, side, dim):
     """Images [B, channels, side, side] in [-1, 1] -> features z [B, dim, h, h], one for each patch.
-    The paper's encoder, weights N(0, 0.1): four 3x3 layers, so a patch has 15x15 pixels. From 128
+    The paper's encoder, weights N(0, 0.1): four 3x3 layers, one of stride 2: 15x15 pixels. From 128
     pixels on, five 5x5 layers: kernel and strides are the paper's, the widths a choice."""
     widths, kernel, strides = (32, 64, 64, dim), 3, (2, 1, 1, 1)
     if side >= 128:
@@ -183,7 +183,7 @@ def patch_distances(z, prototypes):
 
 # exercise
 def activation(d):
-    """s = log((d + 1) / (d + 1e-4)) of a squared distance (ProtoPNet): from 9.2 at d = 0 to 0."""
+    """s = log((d + 1) / (d + 1e-4)) of a squared distance (ProtoPNet): at most 9.2, at d = 0."""
     return torch.log((d + 1) / (d + 1e-4))
 
 LARGEST = math.log(1e4)                 # activation(0)
@@ -213,7 +213,7 @@ def level_weights(abar, emphasis):
     return weights / weights.mean()
 
 class Patronus(nn.Module):
-    """Predicts noise from xt, t and s, the activations of x0; mean, std [m] standardise s for that.
+    """Predicts noise from xt, t and s, the activations of x0; mean, std [m]: of s at the start.
     latent: a model of s, trained afterwards (train_latent), hence without a gradient here."""
     def __init__(self, unet, cfg, channels):
         super().__init__()
@@ -258,7 +258,7 @@ class Patronus(nn.Module):
                     spread_of_s=s.std(0, correction=0).mean())
 
     def param_groups(self, cfg):
-        """For `train`. lr is factor * cfg.lr, but 0 for the first fraction `start` of the steps."""
+        """For `train`: lr is factor * cfg.lr, but 0 before the fraction `start` of the steps."""
         slow = [*self.encoder.parameters(), self.prototypes]
         network = [*self.unet.parameters(), *self.mlp.parameters()]
         return [dict(params=slow, factor=cfg.encoder_lr, start=0.0),
@@ -271,7 +271,7 @@ class Patronus(nn.Module):
         take patches by k-means++ as prototypes; set mean, std of s. With the paper's start, squared
         distances are in the thousands, where `activation` is flat and near 0."""
         images = sets[0].images                         # of the training set
-        known = dict(targets=torch.zeros(len(images), dtype=torch.int64), figures={})   # no labels
+        known = dict(targets=torch.zeros(len(images), dtype=torch.int64), figures={})   # train asks
         if cfg.start == "uniform":
             return known
         index = random_index(len(images), min(500, len(images)), cfg.seed, "start")
@@ -296,12 +296,12 @@ class Patronus(nn.Module):
         return known
 
     def quality(self, cfg, run, sets):
-        """For --eval-every: figures of the judge, if the images have known traits."""
+        """For --eval-every, of known traits: leak, and the distance in features of the judge."""
         figures, _ = measure_traits(cfg, run, sets)
         return {name: figures[name] for name in ("frechet", "leak") if name in figures}
 
 class LatentModel(nn.Module):
-    """Noise predictor for standardised activations: x [B, m, 1, 1], t [B] -> [B, m, 1, 1].
+    """Noise predictor for standardised activations as images, [B, m, 1, 1], t [B] -> [B, m, 1, 1].
     choice: an MLP, since the order of prototypes has no locality for the paper's 1-D convolutions.
     mean, std [m]: of the s that it is trained on."""
     def __init__(self, cfg):
@@ -325,7 +325,7 @@ class LatentModel(nn.Module):
         return self.last(h).view_as(x)
 
 def train_latent(s, cfg, device):
-    """A LatentModel of activations s [N, m], by the noise loss, in float32: its moving average."""
+    """Train a LatentModel on activations s [N, m], in float32 -> the average of its weights."""
     torch.manual_seed(seed_of(cfg.seed, "latent model"))
     gen = torch.Generator(device).manual_seed(seed_of(cfg.seed, "latent training"))
     model = LatentModel(cfg).to(device)
@@ -358,7 +358,7 @@ def draw_activations(cfg, run, n):
     x = sample(latent, xT, abar, cfg.latent_timesteps, "ddim", clip=False)
     return (x.flatten(1) * latent.std + latent.mean).clamp(0, LARGEST).cpu()
 
-# ---- Diffusion: process, loss, guidance, samplers; all in float32 but the network ----------------
+# ---- Diffusion: process, loss, samplers; all in float32 but the network ----------------
 
 def alpha_bars(T):
     """abar [T], float32: the cumulative product of 1 - beta (DDPM, section 4).
@@ -388,10 +388,10 @@ def sample_times(T, steps):
 # exercise
 def ddim_step(x, x0, eps, a, a_next, eta=0.0, noise=None):
     """From x at abar a, with predictions x0 and eps, to abar a_next (Song et al. 2021, eq. 12).
-    sqrt(a_next) x0 + sqrt(1 - a_next - sigma^2) eps + sigma noise, with sigma =
-    eta sqrt((1 - a_next) / (1 - a)) sqrt(1 - a / a_next) (eq. 16). The clamp is for rounding, which
-    may make 1 - a_next - sigma^2 negative. eta = 0 needs no noise; eta = 1 is the sampler "ddpm",
-    a draw from q(x_next | x, x0) (DDPM eq. 6-7, with beta = 1 - a / a_next)."""
+    sqrt(a_next) x0 + sqrt(1 - a_next - sigma^2) eps + sigma noise, with (eq. 16) sigma =
+    eta sqrt((1 - a_next) / (1 - a)) sqrt(1 - a / a_next). All of x is in x0 and eps. The clamp is
+    for rounding, which may make 1 - a_next - sigma^2 negative. eta = 0 needs no noise; eta = 1,
+    "ddpm", draws from q(x_next | x, x0) (DDPM eq. 6-7, where beta is 1 - a / a_next)."""
     sigma = eta * ((1 - a_next) / (1 - a) * (1 - a / a_next)).sqrt()
     mean = a_next.sqrt() * x0 + (1 - a_next - sigma ** 2).clamp(min=0).sqrt() * eps
     return mean if eta == 0 else mean + sigma * noise
@@ -399,7 +399,7 @@ def ddim_step(x, x0, eps, a, a_next, eta=0.0, noise=None):
 # exercise
 def dpmpp_step(x, x0, a, a_next, x0_before=None, a_before=None):
     """DPM-Solver++(2M) (Lu et al. 2022, alg. 2), with lambda = log(sqrt(a) / sqrt(1 - a)).
-    With h = lambda_next - lambda: sqrt((1 - a_next) / (1 - a)) x - sqrt(a_next) (exp(-h) - 1) D.
+    x_next = sqrt((1 - a_next) / (1 - a)) x - sqrt(a_next) (exp(-h) - 1) D; h: the rise of lambda.
     First order: D = x0. Second: D = (1 + 1 / (2r)) x0 - x0_before / (2r), with
     r = (lambda - lambda_before) / h. The first step (no x0_before) and the last (a_next = 1, where
     lambda is infinite) are of first order."""
@@ -421,8 +421,8 @@ def sample(predict, xT, abar, steps=20, sampler="dpmpp", clip=True, generator=No
     x = xT
     before = ()                                         # x0 and abar of the step before, for dpmpp
     times = sample_times(len(abar), steps)
-    levels = [*abar.cpu()[times], torch.ones(())]       # on the CPU: a_next < 1 needs no GPU sync
-    for t, a, a_next in zip(times, levels, levels[1:]):
+    abars = [*abar.cpu()[times], torch.ones(())]        # on the CPU: a_next < 1 needs no GPU sync
+    for t, a, a_next in zip(times, abars, abars[1:]):
         eps = predict(x, torch.full((len(x),), t, device=x.device))
         x0 = (x - (1 - a).sqrt() * eps) / a.sqrt()      # DDPM eq. 4, solved for x0
         if clip:
@@ -442,9 +442,9 @@ def sample(predict, xT, abar, steps=20, sampler="dpmpp", clip=True, generator=No
 @torch.no_grad()
 def invert(predict, x0, abar, steps):
     """The DDIM ODE upwards (Song et al. 2021, section 4.3): a clean image x0 -> its noise xT.
-    It takes the levels of `sample`, lowest first. Each step is ddim_step with eta = 0, from abar a
+    It takes the levels of `sample`, lowest first. Each step is eq. 12 with sigma = 0, from abar a
     to a_next < a, with eps predicted at the current x and its t. The first step starts at abar = 1,
-    which has no t, and uses the lowest t; so the lowest t is used twice, and T - 1 never."""
+    which has no t, and uses the lowest t; so it asks twice at the lowest t, never at T - 1."""
     times = sample_times(len(abar), steps)[::-1]
     levels = [torch.ones(()), *abar.cpu()[times]]
     x = x0
@@ -463,7 +463,7 @@ def time_embedding(t, dim):
     return torch.cat([angle.sin(), angle.cos()], dim=1)
 
 def group_norm(channels):
-    """At least 4 channels a group: a channel normalised alone loses its mean, and so its colour."""
+    """At least 4 channels a group: alone, one would lose its mean, perhaps the colour."""
     return nn.GroupNorm(math.gcd(32, channels // 4), channels)
 
 def zeroed(layer):
@@ -491,7 +491,7 @@ class ResBlock(nn.Module):
         return self.skip(x) + h
 
 class Attention(nn.Module):
-    """Self-attention over the pixels of x [B, C, H, W], in heads of 64 channels or one head."""
+    """Self-attention over the pixels of x [B, C, H, W], in heads of 64 or one. emb is not used."""
     def __init__(self, channels):
         super().__init__()
         self.heads = channels // 64 if channels % 64 == 0 else 1
@@ -529,7 +529,7 @@ class UNet(nn.Module):
             return Stage([ResBlock(c_in, c_out, E, cfg.dropout), *attend])
         self.down = nn.ModuleList()
         skips = []                                      # channels of the skip connections
-        c_in = image_channels                           # into the level: the image's, then c
+        c_in = image_channels                           # that enter the level: the image's, then c
         for level, width in enumerate(widths):          # all levels but the first halve the image
             self.down.append(Stage([nn.Conv2d(c_in, c, 3, stride=1 + (level > 0), padding=1)]))
             skips.append(c)
@@ -574,15 +574,15 @@ class UNet(nn.Module):
         emb = self.embed(t) + condition
         return self.decode(*self.encode(x, emb), emb)
 
-# ---- Training: one loop for every method, which brings its losses as model.forward ---------------
+# ---- Training: the loop; the model brings its losses as model.forward ---------------------------
 
 class Batch(NamedTuple):
     """What a training step sees of B images."""
     x0: torch.Tensor                # clean images [B, C, H, W] in [-1, 1]
-    target: torch.Tensor            # what the model is told of each image, [B]
+    target: torch.Tensor            # what begin gave for each image, [B]
     t: torch.Tensor                 # noise levels [B], uniform over 0..T-1
     eps: torch.Tensor               # noise [B, C, H, W]
-    chance: torch.Tensor            # uniform in 0..1, [B]: decides if the condition is hidden
+    chance: torch.Tensor            # uniform in 0..1, [B]: says if a condition is hidden
 
 def random_batches(cfg, images, targets, step, device):
     """The batches of a step for this process, one for each of cfg.accumulate passes.
@@ -612,7 +612,7 @@ def learning_rate(step, cfg):
 @torch.no_grad()
 def update_average(average, model, n):
     """Moving average of weights and buffers after update n, decay min(0.9999, (1 + n) / (10 + n)).
-    choice: samples come from it; none of the papers' code averages. Integer buffers are copied."""
+    choice: samples come from it; the paper's code has no average. Integer buffers are copied."""
     decay = min(0.9999, (1 + n) / (10 + n))
     torch._foreach_lerp_([*average.parameters()], [*model.parameters()], 1 - decay)
     for a, m in zip(average.buffers(), model.buffers()):
@@ -620,7 +620,7 @@ def update_average(average, model, n):
 
 def safe_step(optimizer, scaler):
     """Clip the gradient at norm 1 and update, or skip it if it is not finite -> 1.0 if skipped.
-    The number stays on the device (no sync): fused AdamW itself skips where found_inf is 1."""
+    It stays on the device (no sync): fused AdamW reads found_inf, and skips where that is 1."""
     scaler.unscale_(optimizer)
     params = [p for group in optimizer.param_groups for p in group["params"]]
     bad = (~nn.utils.clip_grad_norm_(params, 1.0).isfinite()).float()
@@ -631,7 +631,7 @@ def safe_step(optimizer, scaler):
     return bad
 
 def train(cfg, sets, folder, device):
-    """Go on from the checkpoint in `folder` to step cfg.steps: starting and resuming are one path.
+    """Go on from the checkpoint in `folder` to step cfg.steps; that of a new run is of step 0.
     Leaves checkpoint.pt and log.csv, whose seconds are those of training alone. Raises Stop if the
     images changed or gradients stay bad, KeyboardInterrupt after Ctrl-C, when the step is saved."""
     run = load_run(folder, device)                      # its model is the moving average
@@ -640,7 +640,7 @@ def train(cfg, sets, folder, device):
           "the training images have changed since the run began: restore them, or start a new run")
     if RANK == 0:
         save_json(vars(cfg), folder / "config.json")
-    tell_of_steps(run, cfg)
+    print_new_steps(run, cfg)
     images = place_images(sets[0].images, device)
     abar = alpha_bars(cfg.timesteps).to(device)
     model = placed(cfg.build(known), device)
@@ -652,7 +652,7 @@ def train(cfg, sets, folder, device):
     net = nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
     forward = torch.compile(net, dynamic=False) if cfg.compile else net
     history = []                                        # losses since the last row of the log
-    skipped = torch.tensor([run.log["skipped"], 0.0], device=device)    # steps: total, in a row
+    skipped = torch.tensor([run.log["skipped"], 0.0], device=device)    # steps, in all and in a row
     saved_step = run.step
     with interruptible() as interrupts:
         for step in range(run.step, cfg.steps):
@@ -661,7 +661,7 @@ def train(cfg, sets, folder, device):
                 moves = step >= round(group["start"] * cfg.steps)
                 group["lr"] = learning_rate(step, cfg) * group["factor"] * moves
             for i, batch in enumerate(random_batches(cfg, images, known["targets"], step, device)):
-                net.require_backward_grad_sync = i == cfg.accumulate - 1    # share gradients once
+                net.require_backward_grad_sync = i == cfg.accumulate - 1    # of processes
                 with autocast(device, cfg.amp):
                     losses = forward(batch, abar, cfg)
                 scaler.scale(losses["loss"] / cfg.accumulate).backward()
@@ -677,14 +677,14 @@ def train(cfg, sets, folder, device):
             measured = cfg.eval_every > 0 and (last or now % cfg.eval_every == 0)
             saved = last or stopping or measured or now % cfg.save_every == 0
             row = mean_losses(history) if saved else {}
-            if not cfg.compile or step > run.step:      # seconds exclude compiling and lines below
+            if not cfg.compile or step > run.step:      # not the step that compiles
                 run.log["seconds"] += time.perf_counter() - clock
             if not saved:
                 continue
             history = []
             left = (cfg.steps - now) * run.log["seconds"] / now / 60
             progress(f"step {now}/{cfg.steps}  loss {row['loss']:.4f}  {left:.1f} min left", "\n")
-            noise = row.get("diffusion", row["loss"])   # 1 if no noise is predicted at all
+            noise = row.get("diffusion", row["loss"])   # 1 if it predicts 0; NaN: a skipped step
             check(skipped[1] <= 30 and not noise > 10, "the training diverged: --resume it, from "
                   f"step {saved_step}, whose weights are good, at a lower --lr or with --amp off")
             run.log["skipped"] = skipped[0].item()
@@ -833,7 +833,7 @@ def emergence(cfg, run, s, steps=50):
     return times, torch.stack(predicted)
 
 def emerged_at(course, share=0.9):
-    """course [steps, m] -> [m]: the step from which s_j stays >= share of its end (choice: 0.9)."""
+    """course [steps, m] of s -> [m]: the step from which s_j stays >= share of its end (choice)."""
     below = course < share * course[-1]
     return (torch.arange(1, len(course) + 1)[:, None] * below).amax(0)      # 1 + the last below
 
@@ -842,7 +842,7 @@ def switch(cfg, run, s_a, s_b, at):
     def switching(x, t, both):
         first, second = both.chunk(2, dim=1)
         return run.model.denoise(x, t, torch.where((t >= at)[:, None], first, second))
-    return render(cfg, run, torch.cat([s_a, s_b], 1), denoise=switching)    # batched as one s
+    return render(cfg, run, torch.cat([s_a, s_b], 1), denoise=switching)    # render splits rows
 
 # exercise
 def choose_movers(s, known, a, b, n=3):
@@ -858,9 +858,9 @@ def choose_movers(s, known, a, b, n=3):
 def diagnose(cfg, run, judge, data, most=300):
     """Does cfg.attribute drag cfg.watch along? On held-out data -> figures, and what to look at.
     The movers are set to their mean over images of the opposite class of the attribute; the other
-    activations go by `company` of all held-out images. There the traits are independent, so what
-    ties them is the model. Before and after share their random noise. leak: mean change of P(watch)
-    / that of P(attribute), both negated where the image had it; 95 % bootstrap interval."""
+    activations go by `company` of all held-out images. In shapes the traits are independent,
+    so what ties them is the model. Before and after share their random noise. leak: mean change of
+    P(watch) / that of P(attribute), negated where it was there; 95 % bootstrap interval."""
     a, b = watched_traits(cfg, data)
     known, _ = traits(data)
     s = activations(run, data.images)
@@ -1775,7 +1775,7 @@ def write_csv(path, rows):
         writer.writeheader()
         writer.writerows(rows)
 
-def tell_of_steps(run, cfg):
+def print_new_steps(run, cfg):
     """What --resume does if the number of steps is another one."""
     if run.step >= cfg.steps:
         progress(f"step {run.step} of {cfg.steps}: there is nothing left to train", "\n")
@@ -2045,7 +2045,7 @@ def edit_image(cfg, run, given, folder):
         chosen = [range(cfg.num_prototypes).index(int(j)) for j, _ in pairs]
         values = torch.tensor([[float(value) for _, value in pairs]])
         check(values.isfinite().all(), "a value is not a number")
-    image = decode(Path(given.edit), cfg.image_size, run.known["span"])
+    image = decode(Path(given.edit), cfg.image_size, run.known.get("span"))
     image = image[None, :run.known["shape"][0]]
     s, xT = invert_images(cfg, run, image)
     wanted = set_activations(s, chosen, values)

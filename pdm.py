@@ -59,7 +59,7 @@ from torch import nn
 from torchvision.transforms import v2
 
 SCRIPT = Path(__file__).stem
-TORCHRUN = [os.environ.get(name) for name in ("RANK", "WORLD_SIZE")]    # numbers, if it started us
+TORCHRUN = [os.environ.get(name) for name in ("RANK", "WORLD_SIZE")]    # under torchrun two numbers
 
 RANK, WORLD = map(int, TORCHRUN if all(str(n).isdecimal() for n in TORCHRUN) else (0, 1))
 # ---- Settings ------------------------------------------------------------------------------------
@@ -116,8 +116,8 @@ class Config:
     judge_width: int = 16           # channels of its first layers; 64: ResNet-18
     inception: str = "off"          # weights for FID, IS and KID: a file, or download
 
-    # shapes: four prototypes stay in use (warm or cool on bright or dark), so K = 4. Photographs:
-    # the paper's losses leave one in use; --encoder-lr 0 --tau 0 (no contrast) leaves most in use.
+    # K = 4 above: of shapes four stay in use (warm or cool on bright or dark). Of photographs the
+    # paper's losses, as here, leave one in use; --encoder-lr 0 --tau 0 (no contrast) leaves most.
     # The presets have the paper's K and D. choice (paper's in brackets): T = 1000 (PDM 2000), rate
     # 5e-4 (1e-4), batch 256 (64 a process), attention at sides up to 16, large sets at 64 pixels.
     PHOTOGRAPHS = dict(
@@ -136,7 +136,7 @@ class Config:
         return self.supervised
 
     def build(self, known):
-        """The untrained network for what a run knows of its data: image shape and classes."""
+        """The untrained network. known: what a run knows of its data, see new_run."""
         unet = UNet(known["shape"][0], self)
         if self.conditioning == "none":
             return Unconditional(unet)
@@ -241,11 +241,11 @@ class Unconditional(nn.Module):
     def forward(self, batch, abar, cfg):
         return {"loss": noise_loss(self.denoise, batch.x0, batch.target, batch.t, batch.eps, abar)}
 
-    def param_groups(self, cfg):        # factor: of the learning rate; start: fraction of steps
+    def param_groups(self, cfg):        # lr times factor, 0 before that fraction of steps
         return [dict(params=[*self.parameters()], factor=1.0, start=0.0)]
 
     def begin(self, cfg, sets, folder, device):
-        """Made once, before training: targets [N], the label (s-PDM) or -1; figures, here none."""
+        """Before step 0 -> dict for run.known: targets [N], labels or -1; figures (numbers)."""
         unseen = torch.full((len(sets[0].images),), -1)
         return dict(targets=sets[0].labels if cfg.supervised else unseen, figures={})
 
@@ -256,12 +256,12 @@ class Unconditional(nn.Module):
         k = draw_conditions(cfg, run)
         judge = load_judge(cfg, sets[0], run.device)
         figures = judge_images(judge, generate(cfg, run, k), k, run.device)
-        return figures if cfg.supervised else {"frechet": figures["frechet"]}   # k is no class
+        return figures if cfg.supervised else {"frechet": figures["frechet"]}   # else k is no class
 
 class PDM(Unconditional):
     """Predicts noise: a U-Net that attends to prototype k [B] before its middle; k = -1: to null.
     counts, usage [K]: choices of each prototype in the current and in the previous epoch. An epoch
-    ends when counts sum to the number of training images; of several processes rank 0 counts."""
+    is over when `epoch` images were counted; of several processes, those of the first."""
     def __init__(self, unet, cfg, image_channels, K):
         super().__init__(unet)
         D = cfg.prototype_dim
@@ -279,7 +279,7 @@ class PDM(Unconditional):
         emb = self.unet.embed(t)
         h, skips = self.unet.encode(xt, emb)
         keys = k[:, None]                               # rows to attend to, [B, n]; "one": n = 1
-        bias = None                                     # (row -1 is the last; null replaces it)
+        bias = None                                     # keys of -1 are replaced below
         if self.bias is not None:                       # "all": n = K, self.bias favours the chosen
             keys = torch.arange(len(self.prototypes), device=k.device).expand(len(k), -1)
             bias = self.bias * (keys == k[:, None])
@@ -300,10 +300,10 @@ class PDM(Unconditional):
         """Choose prototypes for clean images x0 [B, C, S, S] -> k [B], losses, statistics to log.
         k = argmin_j ||z - e_j|| with z = f_phi(x0), or the label [B] if it is given; k is counted.
         Losses: contrastive, alignment and, without labels, compactness. Statistics: variance_of_z,
-        over the batch (divided by B), summed over D; usage_perplexity, exp(entropy) of the shares
+        over the batch (biased), summed over D; usage_perplexity, exp(entropy) of the shares
         p = (counts + usage) / sum, from 1 to K; dead_prototypes, how many have p = 0."""
-        with torch.autocast(x0.device.type, enabled=False):     # choice: float32, as an overflow in
-            z = self.encoder(x0)                                # 16 bits would stay in BatchNorm
+        with torch.autocast(x0.device.type, enabled=False):     # choice: float32: an overflow in
+            z = self.encoder(x0)                                # 16 bits would stay in its averages
             d = distances(z, self.prototypes)
             k = d.argmin(1) if label is None else label
             losses = {"contrastive": contrastive_loss(d, k, tau),
@@ -344,7 +344,7 @@ class PDM(Unconditional):
         known = super().begin(cfg, sets, folder, device)
         if cfg.start == "features":
             index = random_index(len(images), min(2000, len(images)), cfg.seed, "prototypes")
-            z = self.to(device).train().encoder(scaled(images, index, device))  # batch statistics
+            z = self.to(device).train().encoder(scaled(images, index, device))  # as in training
             self.encoder[-3].bias -= z.mean(0)          # of the last convolution
             z = (z - z.mean(0)).cpu()
             if cfg.supervised:
@@ -386,7 +386,7 @@ def noise_loss(model, x0, condition, t, eps, abar):
 # exercise
 def guided_noise(model, x, t, condition, null, w):
     """Guidance (Ho & Salimans 2022, eq. 6): (1 + w) eps(x, c) - w eps(x, null), [B, C, H, W].
-    Both halves, c first, go through the network as one batch; w = 0 costs one pass of the plain
+    Both halves, c first, go through the network as one batch; w = 0 needs one pass, of the plain
     batch. condition: as the model takes it, e.g. rows [B]; null: that of no class. In float32."""
     if w == 0:
         return model(x, t, condition).float()
@@ -401,10 +401,10 @@ def sample_times(T, steps):
 # exercise
 def ddim_step(x, x0, eps, a, a_next, eta=0.0, noise=None):
     """From x at abar a, with predictions x0 and eps, to abar a_next (Song et al. 2021, eq. 12).
-    sqrt(a_next) x0 + sqrt(1 - a_next - sigma^2) eps + sigma noise, with sigma =
-    eta sqrt((1 - a_next) / (1 - a)) sqrt(1 - a / a_next) (eq. 16). The clamp is for rounding, which
-    may make 1 - a_next - sigma^2 negative. eta = 0 needs no noise; eta = 1 is the sampler "ddpm",
-    a draw from q(x_next | x, x0) (DDPM eq. 6-7, with beta = 1 - a / a_next)."""
+    sqrt(a_next) x0 + sqrt(1 - a_next - sigma^2) eps + sigma noise, with (eq. 16) sigma =
+    eta sqrt((1 - a_next) / (1 - a)) sqrt(1 - a / a_next). All of x is in x0 and eps. The clamp is
+    for rounding, which may make 1 - a_next - sigma^2 negative. eta = 0 needs no noise; eta = 1,
+    "ddpm", draws from q(x_next | x, x0) (DDPM eq. 6-7, where beta is 1 - a / a_next)."""
     sigma = eta * ((1 - a_next) / (1 - a) * (1 - a / a_next)).sqrt()
     mean = a_next.sqrt() * x0 + (1 - a_next - sigma ** 2).clamp(min=0).sqrt() * eps
     return mean if eta == 0 else mean + sigma * noise
@@ -412,7 +412,7 @@ def ddim_step(x, x0, eps, a, a_next, eta=0.0, noise=None):
 # exercise
 def dpmpp_step(x, x0, a, a_next, x0_before=None, a_before=None):
     """DPM-Solver++(2M) (Lu et al. 2022, alg. 2), with lambda = log(sqrt(a) / sqrt(1 - a)).
-    With h = lambda_next - lambda: sqrt((1 - a_next) / (1 - a)) x - sqrt(a_next) (exp(-h) - 1) D.
+    x_next = sqrt((1 - a_next) / (1 - a)) x - sqrt(a_next) (exp(-h) - 1) D; h: the rise of lambda.
     First order: D = x0. Second: D = (1 + 1 / (2r)) x0 - x0_before / (2r), with
     r = (lambda - lambda_before) / h. The first step (no x0_before) and the last (a_next = 1, where
     lambda is infinite) are of first order."""
@@ -434,8 +434,8 @@ def sample(predict, xT, abar, steps=20, sampler="dpmpp", clip=True, generator=No
     x = xT
     before = ()                                         # x0 and abar of the step before, for dpmpp
     times = sample_times(len(abar), steps)
-    levels = [*abar.cpu()[times], torch.ones(())]       # on the CPU: a_next < 1 needs no GPU sync
-    for t, a, a_next in zip(times, levels, levels[1:]):
+    abars = [*abar.cpu()[times], torch.ones(())]        # on the CPU: a_next < 1 needs no GPU sync
+    for t, a, a_next in zip(times, abars, abars[1:]):
         eps = predict(x, torch.full((len(x),), t, device=x.device))
         x0 = (x - (1 - a).sqrt() * eps) / a.sqrt()      # DDPM eq. 4, solved for x0
         if clip:
@@ -481,7 +481,7 @@ def time_embedding(t, dim):
     return torch.cat([angle.sin(), angle.cos()], dim=1)
 
 def group_norm(channels):
-    """At least 4 channels a group: a channel normalised alone loses its mean, and so its colour."""
+    """At least 4 channels a group: alone, one would lose its mean, perhaps the colour."""
     return nn.GroupNorm(math.gcd(32, channels // 4), channels)
 
 def zeroed(layer):
@@ -509,7 +509,7 @@ class ResBlock(nn.Module):
         return self.skip(x) + h
 
 class Attention(nn.Module):
-    """Self-attention over the pixels of x [B, C, H, W], in heads of 64 channels or one head."""
+    """Self-attention over the pixels of x [B, C, H, W], in heads of 64 or one. emb is not used."""
     def __init__(self, channels):
         super().__init__()
         self.heads = channels // 64 if channels % 64 == 0 else 1
@@ -547,7 +547,7 @@ class UNet(nn.Module):
             return Stage([ResBlock(c_in, c_out, E, cfg.dropout), *attend])
         self.down = nn.ModuleList()
         skips = []                                      # channels of the skip connections
-        c_in = image_channels                           # into the level: the image's, then c
+        c_in = image_channels                           # that enter the level: the image's, then c
         for level, width in enumerate(widths):          # all levels but the first halve the image
             self.down.append(Stage([nn.Conv2d(c_in, c, 3, stride=1 + (level > 0), padding=1)]))
             skips.append(c)
@@ -592,15 +592,15 @@ class UNet(nn.Module):
         emb = self.embed(t) + condition
         return self.decode(*self.encode(x, emb), emb)
 
-# ---- Training: one loop for every method, which brings its losses as model.forward ---------------
+# ---- Training: the loop; the model brings its losses as model.forward ---------------------------
 
 class Batch(NamedTuple):
     """What a training step sees of B images."""
     x0: torch.Tensor                # clean images [B, C, H, W] in [-1, 1]
-    target: torch.Tensor            # what the model is told of each image, [B]
+    target: torch.Tensor            # what begin gave for each image, [B]
     t: torch.Tensor                 # noise levels [B], uniform over 0..T-1
     eps: torch.Tensor               # noise [B, C, H, W]
-    chance: torch.Tensor            # uniform in 0..1, [B]: decides if the condition is hidden
+    chance: torch.Tensor            # uniform in 0..1, [B]: says if a condition is hidden
 
 def random_batches(cfg, images, targets, step, device):
     """The batches of a step for this process, one for each of cfg.accumulate passes.
@@ -630,7 +630,7 @@ def learning_rate(step, cfg):
 @torch.no_grad()
 def update_average(average, model, n):
     """Moving average of weights and buffers after update n, decay min(0.9999, (1 + n) / (10 + n)).
-    choice: samples come from it; none of the papers' code averages. Integer buffers are copied."""
+    choice: samples come from it; the paper's code has no average. Integer buffers are copied."""
     decay = min(0.9999, (1 + n) / (10 + n))
     torch._foreach_lerp_([*average.parameters()], [*model.parameters()], 1 - decay)
     for a, m in zip(average.buffers(), model.buffers()):
@@ -638,7 +638,7 @@ def update_average(average, model, n):
 
 def safe_step(optimizer, scaler):
     """Clip the gradient at norm 1 and update, or skip it if it is not finite -> 1.0 if skipped.
-    The number stays on the device (no sync): fused AdamW itself skips where found_inf is 1."""
+    It stays on the device (no sync): fused AdamW reads found_inf, and skips where that is 1."""
     scaler.unscale_(optimizer)
     params = [p for group in optimizer.param_groups for p in group["params"]]
     bad = (~nn.utils.clip_grad_norm_(params, 1.0).isfinite()).float()
@@ -649,7 +649,7 @@ def safe_step(optimizer, scaler):
     return bad
 
 def train(cfg, sets, folder, device):
-    """Go on from the checkpoint in `folder` to step cfg.steps: starting and resuming are one path.
+    """Go on from the checkpoint in `folder` to step cfg.steps; that of a new run is of step 0.
     Leaves checkpoint.pt and log.csv, whose seconds are those of training alone. Raises Stop if the
     images changed or gradients stay bad, KeyboardInterrupt after Ctrl-C, when the step is saved."""
     run = load_run(folder, device)                      # its model is the moving average
@@ -658,7 +658,7 @@ def train(cfg, sets, folder, device):
           "the training images have changed since the run began: restore them, or start a new run")
     if RANK == 0:
         save_json(vars(cfg), folder / "config.json")
-    tell_of_steps(run, cfg)
+    print_new_steps(run, cfg)
     images = place_images(sets[0].images, device)
     abar = alpha_bars(cfg.timesteps).to(device)
     model = placed(cfg.build(known), device)
@@ -670,7 +670,7 @@ def train(cfg, sets, folder, device):
     net = nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
     forward = torch.compile(net, dynamic=False) if cfg.compile else net
     history = []                                        # losses since the last row of the log
-    skipped = torch.tensor([run.log["skipped"], 0.0], device=device)    # steps: total, in a row
+    skipped = torch.tensor([run.log["skipped"], 0.0], device=device)    # steps, in all and in a row
     saved_step = run.step
     with interruptible() as interrupts:
         for step in range(run.step, cfg.steps):
@@ -679,7 +679,7 @@ def train(cfg, sets, folder, device):
                 moves = step >= round(group["start"] * cfg.steps)
                 group["lr"] = learning_rate(step, cfg) * group["factor"] * moves
             for i, batch in enumerate(random_batches(cfg, images, known["targets"], step, device)):
-                net.require_backward_grad_sync = i == cfg.accumulate - 1    # share gradients once
+                net.require_backward_grad_sync = i == cfg.accumulate - 1    # of processes
                 with autocast(device, cfg.amp):
                     losses = forward(batch, abar, cfg)
                 scaler.scale(losses["loss"] / cfg.accumulate).backward()
@@ -695,14 +695,14 @@ def train(cfg, sets, folder, device):
             measured = cfg.eval_every > 0 and (last or now % cfg.eval_every == 0)
             saved = last or stopping or measured or now % cfg.save_every == 0
             row = mean_losses(history) if saved else {}
-            if not cfg.compile or step > run.step:      # seconds exclude compiling and lines below
+            if not cfg.compile or step > run.step:      # not the step that compiles
                 run.log["seconds"] += time.perf_counter() - clock
             if not saved:
                 continue
             history = []
             left = (cfg.steps - now) * run.log["seconds"] / now / 60
             progress(f"step {now}/{cfg.steps}  loss {row['loss']:.4f}  {left:.1f} min left", "\n")
-            noise = row.get("diffusion", row["loss"])   # 1 if no noise is predicted at all
+            noise = row.get("diffusion", row["loss"])   # 1 if it predicts 0; NaN: a skipped step
             check(skipped[1] <= 30 and not noise > 10, "the training diverged: --resume it, from "
                   f"step {saved_step}, whose weights are good, at a lower --lr or with --amp off")
             run.log["skipped"] = skipped[0].item()
@@ -1515,7 +1515,7 @@ def write_csv(path, rows):
         writer.writeheader()
         writer.writerows(rows)
 
-def tell_of_steps(run, cfg):
+def print_new_steps(run, cfg):
     """What --resume does if the number of steps is another one."""
     if run.step >= cfg.steps:
         progress(f"step {run.step} of {cfg.steps}: there is nothing left to train", "\n")
@@ -1698,7 +1698,7 @@ def asked_conditions(cfg, run, given):
     names = condition_names(cfg, run)
     if given.like:
         check(cfg.conditioning == "prototype", "this run has no prototypes: leave out --like")
-        image = decode(Path(given.like), cfg.image_size, run.known["span"])
+        image = decode(Path(given.like), cfg.image_size, run.known.get("span"))
         image = image[None, :run.known["shape"][0]]
         chosen = run.model.choose(image, run.device)[1].tolist()
         print(f"{given.like} chooses {names[chosen[0]]}")

@@ -59,7 +59,7 @@ from torch import nn
 from torchvision.transforms import v2
 
 SCRIPT = Path(__file__).stem
-TORCHRUN = [os.environ.get(name) for name in ("RANK", "WORLD_SIZE")]    # numbers, if it started us
+TORCHRUN = [os.environ.get(name) for name in ("RANK", "WORLD_SIZE")]    # under torchrun two numbers
 RANK, WORLD = map(int, TORCHRUN if all(str(n).isdecimal() for n in TORCHRUN) else (0, 1))
 
 # ---- Settings ------------------------------------------------------------------------------------
@@ -112,7 +112,7 @@ class Config:
     judge_width: int = 16           # channels of its first layers; 64: ResNet-18
     inception: str = "off"          # weights for FID, IS and KID: a file, or download
 
-    # D, batch, peak rate, warm-up are the paper's. choice (paper's in brackets): DDPM's U-Net
+    # Presets have the paper's D, batch, rate, warm-up. choice (paper's in brackets): DDPM's U-Net
     # (64 x 1,2,4,4, all with attention), 100,000 steps (1,500 epochs), 20 dpmpp steps (50 ddim),
     # guidance 0.3 (1.8).
     PHOTOGRAPHS = dict(
@@ -126,14 +126,14 @@ class Config:
     labelled = True                 # the data must have classes
 
     def build(self, known):
-        """The untrained network. known: what a run knows of its data: image shape, class names."""
+        """The untrained network. known: what a run knows of its data, see new_run."""
         return ProtoDiffusion(UNet(known["shape"][0], self), self, len(known["classes"]))
 
 # ---- Prototypes, stage 1: convolutional prototype learning (Yang et al. 2018) --------------------
 
 class PrototypeLearner(nn.Sequential):
     """Images [B, channels, side, side] in [-1, 1] -> f(x) [B, D]. prototypes [C, K, D], C classes.
-    choice: Linear, ReLU, Linear follow ResNet-18's pooled features (paper: its 1000 outputs)."""
+    choice: Linear, ReLU, Linear on ResNet-18's pooled features (paper: on its 1000 outputs)."""
     def __init__(self, cfg, channels, classes):
         width = 8 * cfg.learner_width                   # of resnet's pooled features
         D = cfg.prototype_dim
@@ -160,7 +160,7 @@ def prototype_loss(d, y):
     return d.amin(-1).gather(1, y[:, None]).mean()
 
 def nearest_prototypes(z, prototypes):
-    """z [N, D], prototypes [C, K, D] -> each class's nearest: its distance, its k, both [N, C]."""
+    """z [N, D], prototypes [C, K, D] -> each class's nearest: distance (no square), k, [N, C]."""
     return torch.cdist(z, prototypes.flatten(0, 1)).view(len(z), *prototypes.shape[:2]).min(-1)
 
 def learn_prototypes(data, cfg, device):
@@ -212,7 +212,7 @@ class ProtoDiffusion(nn.Module):
                 dict(params=[self.table.weight], factor=cfg.prototype_lr, start=cfg.unfreeze_at)]
 
     def begin(self, cfg, sets, folder, device):
-        """Runs stage 1, fills the table -> dict of targets (int64 [N]), figures (numbers to keep).
+        """Before step 0: stage 1, the table -> dict for run.known: targets [N], figures (numbers).
         sets: training and held-out Dataset. targets: for each training image, the table row of the
         prototype of its class that is nearest to it; for "random", the first row of its class."""
         labels = sets[0].labels
@@ -266,7 +266,7 @@ def noise_loss(model, x0, condition, t, eps, abar):
 # exercise
 def guided_noise(model, x, t, condition, null, w):
     """Guidance (Ho & Salimans 2022, eq. 6): (1 + w) eps(x, c) - w eps(x, null), [B, C, H, W].
-    Both halves, c first, go through the network as one batch; w = 0 costs one pass of the plain
+    Both halves, c first, go through the network as one batch; w = 0 needs one pass, of the plain
     batch. condition: as the model takes it, e.g. rows [B]; null: that of no class. In float32."""
     if w == 0:
         return model(x, t, condition).float()
@@ -281,10 +281,10 @@ def sample_times(T, steps):
 # exercise
 def ddim_step(x, x0, eps, a, a_next, eta=0.0, noise=None):
     """From x at abar a, with predictions x0 and eps, to abar a_next (Song et al. 2021, eq. 12).
-    sqrt(a_next) x0 + sqrt(1 - a_next - sigma^2) eps + sigma noise, with sigma =
-    eta sqrt((1 - a_next) / (1 - a)) sqrt(1 - a / a_next) (eq. 16). The clamp is for rounding, which
-    may make 1 - a_next - sigma^2 negative. eta = 0 needs no noise; eta = 1 is the sampler "ddpm",
-    a draw from q(x_next | x, x0) (DDPM eq. 6-7, with beta = 1 - a / a_next)."""
+    sqrt(a_next) x0 + sqrt(1 - a_next - sigma^2) eps + sigma noise, with (eq. 16) sigma =
+    eta sqrt((1 - a_next) / (1 - a)) sqrt(1 - a / a_next). All of x is in x0 and eps. The clamp is
+    for rounding, which may make 1 - a_next - sigma^2 negative. eta = 0 needs no noise; eta = 1,
+    "ddpm", draws from q(x_next | x, x0) (DDPM eq. 6-7, where beta is 1 - a / a_next)."""
     sigma = eta * ((1 - a_next) / (1 - a) * (1 - a / a_next)).sqrt()
     mean = a_next.sqrt() * x0 + (1 - a_next - sigma ** 2).clamp(min=0).sqrt() * eps
     return mean if eta == 0 else mean + sigma * noise
@@ -292,7 +292,7 @@ def ddim_step(x, x0, eps, a, a_next, eta=0.0, noise=None):
 # exercise
 def dpmpp_step(x, x0, a, a_next, x0_before=None, a_before=None):
     """DPM-Solver++(2M) (Lu et al. 2022, alg. 2), with lambda = log(sqrt(a) / sqrt(1 - a)).
-    With h = lambda_next - lambda: sqrt((1 - a_next) / (1 - a)) x - sqrt(a_next) (exp(-h) - 1) D.
+    x_next = sqrt((1 - a_next) / (1 - a)) x - sqrt(a_next) (exp(-h) - 1) D; h: the rise of lambda.
     First order: D = x0. Second: D = (1 + 1 / (2r)) x0 - x0_before / (2r), with
     r = (lambda - lambda_before) / h. The first step (no x0_before) and the last (a_next = 1, where
     lambda is infinite) are of first order."""
@@ -314,8 +314,8 @@ def sample(predict, xT, abar, steps=20, sampler="dpmpp", clip=True, generator=No
     x = xT
     before = ()                                         # x0 and abar of the step before, for dpmpp
     times = sample_times(len(abar), steps)
-    levels = [*abar.cpu()[times], torch.ones(())]       # on the CPU: a_next < 1 needs no GPU sync
-    for t, a, a_next in zip(times, levels, levels[1:]):
+    abars = [*abar.cpu()[times], torch.ones(())]        # on the CPU: a_next < 1 needs no GPU sync
+    for t, a, a_next in zip(times, abars, abars[1:]):
         eps = predict(x, torch.full((len(x),), t, device=x.device))
         x0 = (x - (1 - a).sqrt() * eps) / a.sqrt()      # DDPM eq. 4, solved for x0
         if clip:
@@ -361,7 +361,7 @@ def time_embedding(t, dim):
     return torch.cat([angle.sin(), angle.cos()], dim=1)
 
 def group_norm(channels):
-    """At least 4 channels a group: a channel normalised alone loses its mean, and so its colour."""
+    """At least 4 channels a group: alone, one would lose its mean, perhaps the colour."""
     return nn.GroupNorm(math.gcd(32, channels // 4), channels)
 
 def zeroed(layer):
@@ -389,7 +389,7 @@ class ResBlock(nn.Module):
         return self.skip(x) + h
 
 class Attention(nn.Module):
-    """Self-attention over the pixels of x [B, C, H, W], in heads of 64 channels or one head."""
+    """Self-attention over the pixels of x [B, C, H, W], in heads of 64 or one. emb is not used."""
     def __init__(self, channels):
         super().__init__()
         self.heads = channels // 64 if channels % 64 == 0 else 1
@@ -427,7 +427,7 @@ class UNet(nn.Module):
             return Stage([ResBlock(c_in, c_out, E, cfg.dropout), *attend])
         self.down = nn.ModuleList()
         skips = []                                      # channels of the skip connections
-        c_in = image_channels                           # into the level: the image's, then c
+        c_in = image_channels                           # that enter the level: the image's, then c
         for level, width in enumerate(widths):          # all levels but the first halve the image
             self.down.append(Stage([nn.Conv2d(c_in, c, 3, stride=1 + (level > 0), padding=1)]))
             skips.append(c)
@@ -472,15 +472,15 @@ class UNet(nn.Module):
         emb = self.embed(t) + condition
         return self.decode(*self.encode(x, emb), emb)
 
-# ---- Training: one loop for every method, which brings its losses as model.forward ---------------
+# ---- Training: the loop; the model brings its losses as model.forward ---------------------------
 
 class Batch(NamedTuple):
     """What a training step sees of B images."""
     x0: torch.Tensor                # clean images [B, C, H, W] in [-1, 1]
-    target: torch.Tensor            # what the model is told of each image, [B]
+    target: torch.Tensor            # what begin gave for each image, [B]
     t: torch.Tensor                 # noise levels [B], uniform over 0..T-1
     eps: torch.Tensor               # noise [B, C, H, W]
-    chance: torch.Tensor            # uniform in 0..1, [B]: decides if the condition is hidden
+    chance: torch.Tensor            # uniform in 0..1, [B]: says if a condition is hidden
 
 def random_batches(cfg, images, targets, step, device):
     """The batches of a step for this process, one for each of cfg.accumulate passes.
@@ -510,7 +510,7 @@ def learning_rate(step, cfg):
 @torch.no_grad()
 def update_average(average, model, n):
     """Moving average of weights and buffers after update n, decay min(0.9999, (1 + n) / (10 + n)).
-    choice: samples come from it; none of the papers' code averages. Integer buffers are copied."""
+    choice: samples come from it; the paper's code has no average. Integer buffers are copied."""
     decay = min(0.9999, (1 + n) / (10 + n))
     torch._foreach_lerp_([*average.parameters()], [*model.parameters()], 1 - decay)
     for a, m in zip(average.buffers(), model.buffers()):
@@ -518,7 +518,7 @@ def update_average(average, model, n):
 
 def safe_step(optimizer, scaler):
     """Clip the gradient at norm 1 and update, or skip it if it is not finite -> 1.0 if skipped.
-    The number stays on the device (no sync): fused AdamW itself skips where found_inf is 1."""
+    It stays on the device (no sync): fused AdamW reads found_inf, and skips where that is 1."""
     scaler.unscale_(optimizer)
     params = [p for group in optimizer.param_groups for p in group["params"]]
     bad = (~nn.utils.clip_grad_norm_(params, 1.0).isfinite()).float()
@@ -529,7 +529,7 @@ def safe_step(optimizer, scaler):
     return bad
 
 def train(cfg, sets, folder, device):
-    """Go on from the checkpoint in `folder` to step cfg.steps: starting and resuming are one path.
+    """Go on from the checkpoint in `folder` to step cfg.steps; that of a new run is of step 0.
     Leaves checkpoint.pt and log.csv, whose seconds are those of training alone. Raises Stop if the
     images changed or gradients stay bad, KeyboardInterrupt after Ctrl-C, when the step is saved."""
     run = load_run(folder, device)                      # its model is the moving average
@@ -538,7 +538,7 @@ def train(cfg, sets, folder, device):
           "the training images have changed since the run began: restore them, or start a new run")
     if RANK == 0:
         save_json(vars(cfg), folder / "config.json")
-    tell_of_steps(run, cfg)
+    print_new_steps(run, cfg)
     images = place_images(sets[0].images, device)
     abar = alpha_bars(cfg.timesteps).to(device)
     model = placed(cfg.build(known), device)
@@ -550,7 +550,7 @@ def train(cfg, sets, folder, device):
     net = nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
     forward = torch.compile(net, dynamic=False) if cfg.compile else net
     history = []                                        # losses since the last row of the log
-    skipped = torch.tensor([run.log["skipped"], 0.0], device=device)    # steps: total, in a row
+    skipped = torch.tensor([run.log["skipped"], 0.0], device=device)    # steps, in all and in a row
     saved_step = run.step
     with interruptible() as interrupts:
         for step in range(run.step, cfg.steps):
@@ -559,7 +559,7 @@ def train(cfg, sets, folder, device):
                 moves = step >= round(group["start"] * cfg.steps)
                 group["lr"] = learning_rate(step, cfg) * group["factor"] * moves
             for i, batch in enumerate(random_batches(cfg, images, known["targets"], step, device)):
-                net.require_backward_grad_sync = i == cfg.accumulate - 1    # share gradients once
+                net.require_backward_grad_sync = i == cfg.accumulate - 1    # of processes
                 with autocast(device, cfg.amp):
                     losses = forward(batch, abar, cfg)
                 scaler.scale(losses["loss"] / cfg.accumulate).backward()
@@ -575,14 +575,14 @@ def train(cfg, sets, folder, device):
             measured = cfg.eval_every > 0 and (last or now % cfg.eval_every == 0)
             saved = last or stopping or measured or now % cfg.save_every == 0
             row = mean_losses(history) if saved else {}
-            if not cfg.compile or step > run.step:      # seconds exclude compiling and lines below
+            if not cfg.compile or step > run.step:      # not the step that compiles
                 run.log["seconds"] += time.perf_counter() - clock
             if not saved:
                 continue
             history = []
             left = (cfg.steps - now) * run.log["seconds"] / now / 60
             progress(f"step {now}/{cfg.steps}  loss {row['loss']:.4f}  {left:.1f} min left", "\n")
-            noise = row.get("diffusion", row["loss"])   # 1 if no noise is predicted at all
+            noise = row.get("diffusion", row["loss"])   # 1 if it predicts 0; NaN: a skipped step
             check(skipped[1] <= 30 and not noise > 10, "the training diverged: --resume it, from "
                   f"step {saved_step}, whose weights are good, at a lower --lr or with --amp off")
             run.log["skipped"] = skipped[0].item()
@@ -1342,7 +1342,7 @@ def write_csv(path, rows):
         writer.writeheader()
         writer.writerows(rows)
 
-def tell_of_steps(run, cfg):
+def print_new_steps(run, cfg):
     """What --resume does if the number of steps is another one."""
     if run.step >= cfg.steps:
         progress(f"step {run.step} of {cfg.steps}: there is nothing left to train", "\n")
