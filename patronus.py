@@ -1016,20 +1016,22 @@ FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP
 PARTS = dict(train="train", training="train", test="test", testing="test", val="val", valid="val",
              validation="val")                          # names of folders, in whatever case
 
-def find_images(folder, left_out):
+def find_images(folder, left_out, above=()):
     """All images below a folder, in order, also through links. What is no image is counted in
-    left_out: other files, what is hidden, runs, virtual environments, links that lead back up."""
+    left_out: other files, what is hidden, runs/, environments, links that lead back (above)."""
     endings = [end for end, name in Image.registered_extensions().items() if name in FORMATS]
+    above = (*above, folder.resolve())
     found = []
     for path in sorted(folder.iterdir()):
         if path.name.startswith("."):
             left_out["hidden"] += 1
         elif path.is_dir():
-            back = folder.resolve().is_relative_to(path.resolve())
-            if back or path.name == "runs" or (path / "pyvenv.cfg").exists():
+            back = any(one.is_relative_to(path.resolve()) for one in above)
+            environment = (path / "pyvenv.cfg").exists() or (path / "conda-meta").exists()
+            if back or environment or path.name == "runs":
                 left_out[f"{path.name}/"] += 1
             else:
-                found += find_images(path, left_out)
+                found += find_images(path, left_out, above)
         elif path.suffix.lower() in endings:
             found.append(path)
         elif not path.name.startswith("prototype-"):    # our caches
@@ -1042,7 +1044,8 @@ def readable(path):
 
 def stamp(image, span=None):
     """A text that tells a file, as it is now, from others. Images in memory are not told apart."""
-    changed = image.stat().st_mtime_ns if isinstance(image, Path) else ""
+    there = isinstance(image, Path) and image.exists()
+    changed = image.stat().st_mtime_ns if there else ""
     return f"{readable(image)} {changed} {span}"
 
 def open_folder(root, train):
@@ -1056,13 +1059,16 @@ def open_folder(root, train):
     folders = sorted({"/".join(path[:-1]) or "." for path in below})
     wanted = (f"images are in {', '.join(folders[:20]) or 'no folder'}: give train/<class>/*, with "
               "or without test/ or val/, and nothing else; or <class>/*; or images alone")
-    while (len({path[0] for path in below}) == 1 and min(map(len, below)) > 2
-           and below[0][0].lower() not in PARTS):
-        below = [path[1:] for path in below]
+    def unwrapped(below):
+        while (len({path[0] for path in below}) == 1 and min(map(len, below)) > 2
+               and below[0][0].lower() not in PARTS):
+            below = [path[1:] for path in below]
+        return below
+    below = unwrapped(below)
     parts = [PARTS.get(path[0].lower()) for path in below]
     if None not in parts or any(part and path[2:] for part, path in zip(parts, below)):
         check("train" in parts and None not in parts, wanted)
-        below = [path[1:] for path in below]
+        below = unwrapped([path[1:] for path in below])
     else:
         parts = ["train"] * len(files)                  # to be split
     other = max({"train", "val", "test"} & {*parts}, key=("train", "val", "test").index)
@@ -1080,8 +1086,13 @@ def open_folder(root, train):
     return items, [name for name in classes if name], left_out, files
 
 def deep_values(image):
-    """The values of an image of one channel of more than 8 bits (16, 32, floats); else None."""
-    return np.nan_to_num(np.asarray(image, np.float64)) if image.mode[0] in "IF" else None
+    """The values of an image of one channel of more than 8 bits (16, 32, floats); else None.
+    NaN becomes the lowest value, an infinite one the lowest or highest that is finite."""
+    if image.mode[0] not in "IF":
+        return None
+    values = np.asarray(image, np.float64)
+    finite = values[np.isfinite(values)]
+    return np.nan_to_num(values, nan=finite.min()).clip(finite.min(), finite.max())
 
 def value_range(files):
     """The lowest and the highest of all deep values in image files; None if there are none."""
@@ -1147,7 +1158,7 @@ def load_dataset(name, split="train", image_size=None, data_dir="data"):
     def open_set():
         with explained(f"{name} cannot be read in {root}: check --data-dir and the network"):
             return data_sets[name](root, split == "train")
-    key = None
+    key = [name]
     extra = {}
     if name == "folder":                                # its files may change
         items, classes, left_out, files = open_set()
@@ -1157,9 +1168,11 @@ def load_dataset(name, split="train", image_size=None, data_dir="data"):
         extra = dict(span=span, left_out=", ".join(f"{n} {what}" for what, n in left_out.items()))
     def make(old):
         items, classes, *_ = open_set()
-        return dict(classes=classes, **decode_all(items, size, extra.get("span"), old))
+        made = decode_all(items, size, extra.get("span"), old)
+        key.extend(made["faults"])                      # not in the next key: tried again
+        return dict(classes=classes, **made)
     found = cached(root / f"prototype-{name}-{split}-{size}.pt", key, make)
-    check(not found["faults"], f"replace or take away: {'; '.join(found['faults'])}")
+    check(not found["faults"], f"replace or take away: {'; '.join(sorted(found['faults']))}")
     labels = found["labels"] if found["classes"] else None
     return Dataset(found["images"], labels, found["classes"], **extra)
 
@@ -1546,7 +1559,7 @@ def draw_grid(path, images, rows, title, columns=(), size=0.55):
         axes.set_xticks(centres[:len(columns)], columns, fontsize="small")
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
-        fig.suptitle(title, fontsize="medium", wrap=True)
+        fig.suptitle(title, fontsize="medium", wrap="$" not in title)    # else a formula
 
 def draw_curves(path, groups, names):
     """Columns of the logs of runs (group -> list of metrics.json) over steps, and over all seconds.

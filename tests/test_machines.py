@@ -10,40 +10,41 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import redirect_stderr
 from pathlib import Path
-from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import nn
 
 import protodiffusion as pd
 from conftest import CPU, ROOT, args, checkpoint, config, contents, flags, metrics, normal, only_train, refused, seeded
 from test_runs import PROCESSES, finished, stop_at
 
-class Scaled(nn.Module):
+class Scaled(torch.nn.Module):
     """A stand-in for the Inception network: its features are the means of the channels, times a factor."""
     def __init__(self, factor=1.0):
         super().__init__()
-        self.fc, self.factor = nn.Linear(3, 4), nn.Parameter(torch.tensor(factor))
+        self.fc, self.factor = torch.nn.Linear(3, 4), torch.nn.Parameter(torch.tensor(factor))
 
     def forward(self, x):
         return self.fc(self.factor * x.mean((2, 3)))
 
 @pytest.fixture
 def weights(script, tmp_path, monkeypatch):
-    """A file of weights for the stand-in."""
     torch.save(Scaled().state_dict(), tmp_path / "weights.pth")
     monkeypatch.setattr(script, "fid_inception", Scaled)
     return tmp_path / "weights.pth"
 
-def python(*words, **options):
-    """A process of its own, with the captured text of stderr."""
-    options["env"] = {**os.environ, "OMP_NUM_THREADS": "1", **options.get("env", {})}
-    return subprocess.run([sys.executable, *words], stderr=subprocess.PIPE, text=True, **options)
+def raising(error):
+    """A function that fails."""
+    def fail(*given, **options):
+        raise error
+    return fail
+
+def protodiffusion(*words, stdout, cwd=None, **environment):
+    """The script in a process of its own, with the text of its stderr."""
+    return subprocess.run([sys.executable, ROOT / "protodiffusion.py", *words], cwd=cwd, stdout=stdout, text=True,
+                          stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
 
 # ---- Metrics ----------------------------------------------------------------------------------------------------
 
@@ -70,11 +71,9 @@ def test_a_frechet_distance_is_never_below_zero():
 
 @pytest.mark.parametrize("fails", ["inception_metrics", "sample"])
 def test_a_failure_while_measuring_keeps_what_was_measured(script, done, tmp_path, monkeypatch, capsys, fails):
-    def fail(*given, **options):
-        raise script.Stop("measuring failed")
     kept = contents(done)
-    monkeypatch.setattr(script, fails, fail)
-    refused(script, capsys, flags(evaluate=done, out=tmp_path / "measured"), "measuring failed")
+    monkeypatch.setattr(script, fails, raising(OSError(28, "No space left on device")))
+    refused(script, capsys, flags(evaluate=done, out=tmp_path / "measured"), "the disk is full")
     found = metrics(tmp_path / "measured")
     assert {"settings", "log", "seconds_training"} <= set(found) and contents(done) == kept
     assert ({"seconds_sampling", "frechet"} <= set(found)) == (fails == "inception_metrics")
@@ -83,7 +82,7 @@ def test_a_failure_while_measuring_keeps_what_was_measured(script, done, tmp_pat
 
 def test_a_data_folder_that_cannot_be_written_works_without_any_cache(
         script, pictures, weights, tmp_path, monkeypatch, capsys):
-    data = shutil.copytree(pictures, tmp_path / "data")
+    data = shutil.copytree(pictures, tmp_path / "data", ignore=shutil.ignore_patterns("prototype-*"))
     before = contents(data)
 
     def read_only(path, mode="r", **options):
@@ -94,9 +93,8 @@ def test_a_data_folder_that_cannot_be_written_works_without_any_cache(
     given = args(script, dataset="folder", data_dir=data, inception=weights, out=tmp_path / "run")
     assert script.main(given) == 0 and "fid_0.02k" in metrics(tmp_path / "run") and contents(data) == before
     notes = re.findall(r"note: \S+/prototype-(\S+)\.pt cannot be written.*Read-only", capsys.readouterr().out)
-    judge = "traits" if script.SCRIPT == "patronus" else "judge"
     assert set(notes) == {"folder-range", "folder-train-16", "folder-test-16", "inception-folder-16",
-                          f"{judge}-folder-16-4-3"}
+                          f"{'traits' if script.SCRIPT == 'patronus' else 'judge'}-folder-16-4-3"}
 
 def test_a_notebooks_backend_and_a_terminal_that_cannot_print_a_name(tmp_path):
     for c, name in enumerate(("見", "Ω")):
@@ -104,13 +102,12 @@ def test_a_notebooks_backend_and_a_terminal_that_cannot_print_a_name(tmp_path):
         for i in range(4):
             Image.new("RGB", (16, 16), (99 * c, 9 * i, 0)).save(tmp_path / "data" / name / f"{i}.png")
     given = args(pd, dataset="folder", data_dir="data", num_samples=2, out="run")
-    found = python(ROOT / "protodiffusion.py", *given, cwd=tmp_path, stdout=subprocess.PIPE, env={
-        "MPLBACKEND": "module://matplotlib_inline.backend_inline", "PYTHONIOENCODING": "ascii"})
+    found = protodiffusion(*given, cwd=tmp_path, stdout=subprocess.PIPE, MPLBACKEND="module://not.installed",
+                           PYTHONIOENCODING="ascii")
     assert found.returncode == 0 and "Traceback" not in found.stderr and r"(\u03a9, \u898b)" in found.stdout
     assert metrics(tmp_path / "run")["classes"] == ["Ω", "見"] and (tmp_path / "run/samples.png").exists()
 
-@pytest.mark.parametrize("rank, world", [("0", None), (None, "2"), ("x", "2"), ("0", "two"), ("", ""), ("2", "2"),
-                                         ("0", "0"), ("-1", "2")])
+@pytest.mark.parametrize("rank, world", [("0", None), (None, "2"), ("x", "2"), ("", ""), ("2", "2"), ("0", "0")])
 def test_an_environment_that_torchrun_did_not_make_is_refused(script, tmp_path, monkeypatch, capsys, rank, world):
     for name, value in (("RANK", rank), ("WORLD_SIZE", world)):
         monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
@@ -122,10 +119,7 @@ def test_an_environment_that_torchrun_did_not_make_is_refused(script, tmp_path, 
 
 def test_compiling_without_a_compiler_is_one_sentence(script, done, tmp_path, monkeypatch, capsys):
     from torch._inductor.exc import InvalidCxxCompiler
-
-    def fail(*given):
-        raise InvalidCxxCompiler
-    monkeypatch.setattr(torch, "compile", lambda net, **options: fail)
+    monkeypatch.setattr(torch, "compile", lambda net, **options: raising(InvalidCxxCompiler()))
     out = shutil.copytree(done, tmp_path / "run")
     refused(script, capsys, flags(resume=out, steps=8, compile=True), "leave out --compile", "C++ compiler")
 
@@ -141,26 +135,19 @@ def test_main_works_in_a_thread_and_reads_only_what_it_is_given(script, done, tm
 
 def test_runs_that_start_together_never_share_a_folder(tmp_path, monkeypatch):
     with ThreadPoolExecutor(16) as pool:
-        made = [*pool.map(lambda i: pd.new_folder(tmp_path / "runs/a"), range(100))]
-    assert len(set(made)) == 100
-    mkdir, rivals = Path.mkdir, []
+        assert len(set(pool.map(lambda i: pd.new_folder(tmp_path / "runs/a"), range(100)))) == 100
+    mkdir = Path.mkdir
 
-    def late(self, *given, **options):
-        if not rivals and self.name == "b":
-            rivals.append(mkdir(self))                              # another run makes it in this moment
-        mkdir(self, *given, **options)
+    def late(self, **options):
+        if self.name == "b":
+            mkdir(self)                                             # another run makes it in this moment
+        mkdir(self, **options)
     monkeypatch.setattr(Path, "mkdir", late)
-    assert pd.new_folder(tmp_path / "b") == tmp_path / "b-2" and rivals
+    assert pd.new_folder(tmp_path / "b") == tmp_path / "b-2"
 
 # ---- Signals, and what is left behind ---------------------------------------------------------------------------
 
 SIGNALS = pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-
-def advice(error):
-    """The command that an interrupted run printed, as words without the first two, which start the script."""
-    python, name, *words = shlex.split(error.split("go on with: ")[1])
-    assert python == "python" and name.endswith(".py")
-    return words
 
 @SIGNALS
 @pytest.mark.parametrize("times, saved", [(1, 3), (2, 2)])
@@ -171,80 +158,71 @@ def test_a_signal_saves_at_the_end_of_the_step_and_a_second_stops_at_once(
         stop_at(patch, script, 2, lambda: [signal.raise_signal(number) for _ in range(times)])
         assert script.main(args(script, out=out)) == status
     assert checkpoint(out)["step"] == saved
-    words = advice(capsys.readouterr().err)                         # can be pasted
+    words = shlex.split(capsys.readouterr().err.split("go on with: ")[1])[2:]       # as if it were pasted
     assert words == ["--resume", str(out)] and script.main(words) == 0 and checkpoint(out)["step"] == 6
 
-def process(name, arguments, number, errors, **environment):
+def process(name, arguments, number, **environment):
     """For one of two processes, the second of which gets a signal in its third step."""
     os.environ.update(environment)
     torch.set_num_threads(1)
     script = importlib.reload(importlib.import_module(name))
     only_train(script)
     if script.RANK == 1:
-        stop_at(SimpleNamespace(setattr=setattr), script, 2, lambda: signal.raise_signal(number))
-    with open(errors, "w") as file, redirect_stderr(file):
-        sys.exit(script.main(arguments))
+        stop_at(pytest.MonkeyPatch(), script, 2, lambda: signal.raise_signal(number))
+    sys.exit(script.main(arguments))
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
 @SIGNALS
 def test_a_signal_in_one_of_two_processes_saves_in_the_same_step(script, pictures, tmp_path, number, status):
-    out, errors = tmp_path / "run", tmp_path / "errors"
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         where = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]))
-    given = args(script, out=out, dataset="folder", data_dir=pictures, save_every=100)
-    both = [PROCESSES.Process(target=process, args=(script.SCRIPT, given, number, f"{errors}{rank}"),
-                              kwargs=dict(where, RANK=rank)) for rank in "01"]
-    for each in both:
-        each.start()
-    for each in both:
-        each.join(60)
-    assert both[0].exitcode in (130, status) and both[1].exitcode == status and checkpoint(out)["step"] == 3
-    assert advice(Path(f"{errors}1").read_text()) == ["--resume", str(out)]
+    given = args(script, out=tmp_path / "run", dataset="folder", data_dir=pictures, save_every=100)
+    both = [PROCESSES.Process(target=process, args=(script.SCRIPT, given, number), kwargs=dict(where, RANK=rank))
+            for rank in "01"]
+    for method in ("start", "join"):
+        for each in both:
+            getattr(each, method)()
+    assert both[0].exitcode in (130, status) and both[1].exitcode == status
+    assert checkpoint(tmp_path / "run")["step"] == 3
 
 def test_an_interrupted_save_leaves_the_old_file_and_no_other(tmp_path):
-    pd.save_json({"a": 1}, tmp_path / "a.json")
+    (tmp_path / "a.json").write_text("old")
     before = contents(tmp_path)
-    for stop in (KeyboardInterrupt(signal.SIGTERM), OSError(5, "Input/output error")):
-        with pytest.raises((type(stop), pd.Stop)), pd.replacing(tmp_path / "a.json") as file:
-            file.write(b"half")
-            raise stop
-        assert contents(tmp_path) == before
+    with pytest.raises(KeyboardInterrupt), pd.replacing(tmp_path / "a.json") as file:
+        file.write(b"half")
+        raise KeyboardInterrupt
+    assert contents(tmp_path) == before
 
 def test_an_output_that_nobody_reads_is_not_called_permissions(tmp_path):
     run = finished(pd, tmp_path / "a", {}, [dict(step=6, loss=0.5, seconds=2)])
     read, write = os.pipe()
     os.close(read)
-    found = python(ROOT / "protodiffusion.py", "--compare", run, "--out", tmp_path / "c", stdout=write)
+    found = protodiffusion("--compare", run, "--out", tmp_path / "c", stdout=write, PYTHONUNBUFFERED="")
     os.close(write)
     assert found.returncode == 2 and len(found.stderr.splitlines()) == 2 and "| head" in found.stderr, found.stderr
 
 # ---- Trainings that go wrong, or on -----------------------------------------------------------------------------
 
-def noise_losses(script, folder):
-    """Noise losses of the weights in a checkpoint: of those that train on, and of their average."""
-    run = script.load_run(folder, "cpu")
-    sets = getattr(script, "load_traits", script.load_sets)(run.config)
-    batch = next(script.random_batches(run.config, sets[0].images, run.known["targets"], 0, CPU))
-    for name in ("model", "average"):
-        run.model.load_state_dict(run.state[name])
-        losses = run.model(batch, script.alpha_bars(run.config.timesteps), run.config)
-        yield losses.get("diffusion", losses["loss"]).item()
-
 BLIND = pytest.mark.xfail(strict=True, reason="weights are saved and called good before a loss is measured of them")
 
-@pytest.mark.parametrize("lr, save_every", [(1e4, 10), pytest.param(1e4, 1, marks=BLIND),
-                                            pytest.param(1e12, 10, marks=BLIND)])
+@pytest.mark.parametrize("lr, since, save_every", [
+    (1e4, 0, 10), (30, 15, 10), *(pytest.param(*case, marks=BLIND) for case in ((1e4, 0, 1), (1e4, 15, 10)))])
 def test_a_training_that_diverges_names_the_last_checkpoint_whose_weights_are_good(
-        script, tmp_path, capsys, lr, save_every):
+        script, tmp_path, monkeypatch, capsys, lr, since, save_every):
+    monkeypatch.setattr(script, "learning_rate", lambda step, cfg: cfg.lr if step >= since else 1e-3)
     assert script.main(args(script, out=tmp_path / "run", steps=300, lr=lr, save_every=save_every)) == 2
-    sentence = r"diverged: --resume it, from step (\d+), whose weights are good, at a lower --lr.*"
-    step, = re.findall(sentence, capsys.readouterr().err)
+    step, = re.findall(r"diverged: --resume it, from step (\d+), whose weights are good", capsys.readouterr().err)
     assert checkpoint(tmp_path / "run")["step"] == int(step)
-    assert all(0 < loss < 2 for loss in noise_losses(script, tmp_path / "run"))
+    run = script.load_run(tmp_path / "run", "cpu")
+    sets = getattr(script, "load_traits", script.load_sets)(run.config)
+    batch = next(script.random_batches(run.config, sets[0].images, run.known["targets"], 0, CPU))
+    for weights in ("model", "average"):
+        run.model.load_state_dict(run.state[weights])
+        losses = run.model(batch, script.alpha_bars(run.config.timesteps), run.config)
+        assert 0 < losses.get("diffusion", losses["loss"]) < 2
 
 @pytest.mark.parametrize("steps, words", [(8, "for 8 steps in all, the learning rate goes from 0 to {:.2g},"),
-                                          (6, "step 6 of 6: there is nothing left to train"),
                                           (3, "step 6 of 3: there is nothing left to train")])
 def test_going_on_with_more_or_fewer_steps_is_explained(script, done, tmp_path, capsys, training_only, steps, words):
     out, rate = shutil.copytree(done, tmp_path / "run"), script.learning_rate(6, config(script, steps=8))
@@ -261,27 +239,16 @@ def test_other_images_or_labels_than_the_run_began_with_are_refused(
         Image.new("RGB", (16, 16)).save(data / "train/dark/3.png")
     else:                                                           # the last of a class becomes the next one's first
         (data / "train/dark/9.png").rename(data / "train/light/-.png")
-    before = contents(out)
     refused(script, capsys, flags(resume=out, steps=4), "have changed")
-    assert contents(out) == before
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-@pytest.mark.parametrize("save", [pd.save_safely, pd.save_json])
-def test_a_full_disk_is_called_a_full_disk(tmp_path, monkeypatch, save):
+def test_a_full_disk_is_called_a_full_disk(tmp_path, monkeypatch):
     monkeypatch.setattr(pd, "open", lambda path, mode: open("/dev/full", mode), raising=False)
     with pytest.raises(pd.Stop, match="a.pt cannot be written .the disk is full.$"):
-        save({"a": [1.5] * 10_000}, tmp_path / "a.pt")
-
-def test_a_disk_that_fills_while_sampling_is_called_full(script, done, tmp_path, monkeypatch, capsys):
-    def full(*given, **options):
-        raise OSError(28, "No space left on device")
-    monkeypatch.setattr(np, "savez", full)
-    refused(script, capsys, flags(sample=done, num_samples=2, out=tmp_path / "s"), "the disk is full")
+        pd.save_safely({"a": [1.5] * 10_000}, tmp_path / "a.pt")
 
 def test_memory_that_runs_out_while_loading_is_not_blamed_on_the_batch(pictures, tmp_path, monkeypatch):
-    def fail(*shape, **options):
-        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
-    monkeypatch.setattr(torch, "zeros", fail)
+    monkeypatch.setattr(torch, "zeros", raising(RuntimeError("DefaultCPUAllocator: can't allocate memory")))
     with pytest.raises(pd.Stop, match="images do not fit into memory: lower --image-size"):
         pd.load_dataset("folder", "train", 16, shutil.copytree(pictures, tmp_path / "data"))
 
@@ -291,4 +258,3 @@ def test_a_relative_data_folder_is_kept_absolute(script, pictures, tmp_path, mon
     assert script.main(args(script, out="run", dataset="folder", data_dir="data", steps=2)) == 0
     monkeypatch.chdir("/")
     assert script.load_run(tmp_path / "run", "cpu").config.data_dir == str(tmp_path / "data")
-    assert script.main(flags(resume=tmp_path / "run", steps=4)) == 0
