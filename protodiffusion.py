@@ -534,7 +534,7 @@ def train(cfg, sets, folder, device):
     images changed or gradients stay bad, KeyboardInterrupt after Ctrl-C, when the step is saved."""
     run = load_run(folder, device)                      # its model is the moving average
     known = run.known
-    check(known["images"] == fingerprint(sets[0].images),
+    check(known["images"] == fingerprint(sets[0].images, sets[0].labels),
           "the training images have changed since the run began: restore them, or start a new run")
     if RANK == 0:
         save_json(vars(cfg), folder / "config.json")
@@ -582,9 +582,9 @@ def train(cfg, sets, folder, device):
             history = []
             left = (cfg.steps - now) * run.log["seconds"] / now / 60
             progress(f"step {now}/{cfg.steps}  loss {row['loss']:.4f}  {left:.1f} min left", "\n")
-            noise = row.get("diffusion", row["loss"])   # 1 if it predicts 0; NaN: a skipped step
-            check(skipped[1] <= 30 and not noise > 10, "the training diverged: --resume it, from "
-                  f"step {saved_step}, whose weights are good, at a lower --lr or with --amp off")
+            check(skipped[1] <= 30 and is_sound(model, batch, abar, cfg), "the training diverged: "
+                  f"--resume it from step {saved_step}, whose weights are good, at a lower --lr or "
+                  "with --amp off")
             run.log["skipped"] = skipped[0].item()
             row.update(step=now, lr=learning_rate(step, cfg), seconds=run.log["seconds"],
                        skipped=run.log["skipped"])
@@ -615,7 +615,7 @@ def reason(error):
     if isinstance(error.__context__, OSError):          # torch.save hides the error of the file
         error = error.__context__
     full = isinstance(error, OSError) and error.errno == errno.ENOSPC
-    return "the disk is full" if full else str(error).split("\n")[0]
+    return "the disk is full" if full else (str(error) or type(error).__name__).split("\n")[0]
 
 @contextlib.contextmanager
 def explained(sentence):
@@ -935,9 +935,13 @@ def to_uint8(x):
     """[-1, 1] -> 0..255, rounded, on the CPU."""
     return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
 
-def fingerprint(images):
-    """A short text that tells these images from others."""
-    return hashlib.sha1(images.numpy()).hexdigest()
+def fingerprint(*tensors):
+    """A short text that tells these tensors (None: left out) from others."""
+    text = hashlib.sha1()
+    for tensor in tensors:
+        if tensor is not None:
+            text.update(tensor.numpy())
+    return text.hexdigest()
 
 # ---- Classifiers, such as the judge of samples ---------------------------------------------------
 
@@ -1003,7 +1007,8 @@ def load_judge(cfg, data, device):
         z = features_of(features, data.images, device)
         return dict(net=net.state_dict(), moments=moments(z))
     name = f"prototype-judge-{cfg.dataset}-{cfg.image_size}-{cfg.judge_width}-{cfg.judge_steps}.pt"
-    saved = cached(Path(cfg.data_dir, name), [fingerprint(data.images), cfg.mirror], make)
+    key = [fingerprint(data.images, data.labels), cfg.mirror]
+    saved = cached(Path(cfg.data_dir, name), key, make)
     net.load_state_dict(saved["net"])
     return SimpleNamespace(features=features.eval(), last=net[1].cpu(), moments=saved["moments"])
 
@@ -1307,7 +1312,7 @@ def new_folder(wanted):
             return folder
         except FileExistsError:
             number += 1
-            folder = Path(f"{wanted}-{number}")
+            folder = Path(f"{Path(wanted)}-{number}")
 
 def save_checkpoint(folder, step, known, log, parts):
     """checkpoint.pt. parts: name -> module, optimiser or scaler."""
@@ -1341,12 +1346,20 @@ def load_run(folder, device="auto"):
                            step=state["step"], log=state["log"], state=state)
 
 def mean_losses(history):
-    """Means of losses, dicts of scalars, over the steps that were finite, and processes -> dict."""
-    losses = torch.stack([torch.stack([*losses.values()]).detach() for losses in history])
-    means = losses.where(losses.isfinite(), math.nan).nanmean(0)
+    """Means of losses, dicts of scalars, over steps and processes -> dict. Waits for the device."""
+    means = torch.stack([torch.stack([*losses.values()]).detach() for losses in history]).mean(0)
     if WORLD > 1:
         dist.all_reduce(means)
     return dict(zip(history[0], (means / WORLD).tolist()))
+
+@torch.no_grad()
+def is_sound(model, batch, abar, cfg):
+    """May these weights be saved? Their noise loss, in float32, should not be far above 1, which
+    predicting zeros has. All of torchrun's processes get the same answer."""
+    losses = model.eval()(batch, abar, cfg)
+    model.train()
+    noise = losses.get("diffusion", losses["loss"])
+    return not in_any_process(not noise <= 10, noise.device)
 
 def write_csv(path, rows):
     """Rows (dicts) as a CSV file; its header has all their keys; what a row lacks stays empty."""
@@ -1415,8 +1428,8 @@ def new_run(cfg, sets, folder, device):
     start = time.perf_counter()
     save_json(vars(cfg), folder / "config.json")
     images = sets[0].images
-    known = dict(shape=images.shape[1:], classes=sets[0].classes, images=fingerprint(images),
-                 span=sets[0].span)
+    known = dict(shape=images.shape[1:], classes=sets[0].classes, span=sets[0].span,
+                 images=fingerprint(images, sets[0].labels))
     torch.manual_seed(cfg.seed)                         # the same network whatever the prototypes
     model = cfg.build(known)
     known.update(model.begin(cfg, sets, folder, device))
@@ -1438,7 +1451,8 @@ def train_run(cfg, given, device, load=load_sets):
             new_run(cfg, sets, given.folder, device)
     if WORLD > 1:
         shared = [given.folder]
-        dist.broadcast_object_list(shared)
+        with explained("the first process has stopped"):
+            dist.broadcast_object_list(shared)
         given.folder = shared[0]
     if RANK > 0:
         sets = load(cfg)
@@ -1614,7 +1628,7 @@ def exit_status(task, given):
     except KeyboardInterrupt as stop:
         advice = ""
         if given.folder:
-            command = ["python", f"{SCRIPT}.py", "--resume", given.folder.as_posix()]
+            command = ["python", __file__, "--resume", given.folder.as_posix()]
             advice = f"; go on with: {shlex.join(command)}"
         print(f"\ninterrupted{advice}", file=sys.stderr)
         return 128 + (stop.args or [signal.SIGINT])[0]
@@ -1628,11 +1642,14 @@ def exit_status(task, given):
     except (RuntimeError, MemoryError) as error:
         module = type(error).__module__
         fault = "memory ran out: lower --batch-size, --sample-batch or raise --accumulate"
-        if module.startswith(("torch._inductor", "torch._dynamo")):
+        if RANK > 0:
+            fault = f"stopped with another process ({reason(error)})"
+        elif module.startswith(("torch._inductor", "torch._dynamo")):
             fault = f"leave out --compile, which does not work here ({reason(error)})"
         elif isinstance(error, RuntimeError) and "allocate" not in str(error):
             raise
-    print(f"\n{SCRIPT}: {fault}", file=sys.stderr)
+    with contextlib.suppress(BrokenPipeError):
+        print(f"\n{SCRIPT}: {fault}", file=sys.stderr)
     return 2
 
 def protodiffusion(given):

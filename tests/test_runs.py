@@ -1,6 +1,7 @@
 """Whole runs of all scripts, tiny ones: what they leave behind, going on after a stop, comparing, and what goes wrong."""
 import csv
 import dataclasses
+import itertools
 import json
 import math
 import multiprocessing
@@ -276,19 +277,20 @@ def test_measuring_saving_and_compiling_are_not_training_time(script, tmp_path, 
 
 @pytest.fixture
 def planted(script, tmp_path, monkeypatch):
-    """train(bad, ...): trains with a loss of NaN in the steps `bad` -> every state that was saved."""
+    """train(bad, ...): trains with gradients of NaN in the steps `bad` -> every state that was saved."""
     def train(bad, **changes):
         cfg, states = config(script, **changes), []
-        sets, whole, save = script.load_sets(cfg), script.random_batches, script.save_safely
+        sets, whole, save, steps = script.load_sets(cfg), script.safe_step, script.save_safely, itertools.count()
 
-        def batches(cfg, images, targets, step, device):
-            for batch in whole(cfg, images, targets, step, device):
-                yield batch._replace(eps=batch.eps * (math.nan if step in bad else 1))
+        def spoil(optimizer, scaler):
+            if next(steps) in bad:
+                optimizer.param_groups[0]["params"][0].grad.fill_(math.nan)
+            return whole(optimizer, scaler)
 
         def keep(content, path):
             save(content, path)
             states.append(torch.load(path, weights_only=True))
-        monkeypatch.setattr(script, "random_batches", batches)
+        monkeypatch.setattr(script, "safe_step", spoil)
         monkeypatch.setattr(script, "save_safely", keep)
         script.new_run(cfg, sets, tmp_path, CPU)
         script.train(cfg, sets, tmp_path, CPU)
