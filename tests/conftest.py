@@ -3,6 +3,7 @@ import csv
 import importlib
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -194,6 +195,15 @@ def pytest_collection_modifyitems(config, items):
     if asked := asked_for(config):
         config.hook.pytest_deselected(items=[item for item in items if not asked & set(judged_by(item))])
         items[:] = [item for item in items if asked & set(judged_by(item))]
+
+LONGEST = "tests/test_tutorial.py::test_every_cell_runs_on_reduced_settings"
+
+def pytest_collection_finish(session):
+    """If all tests run, the longest has a process of its own from the start, and at the end waits for it."""
+    if len(session.items) > 300 and LONGEST in {item.nodeid for item in session.items}:
+        session.config.longest = subprocess.Popen(
+            [sys.executable, "-m", "pytest", "-q", LONGEST], cwd=ROOT, text=True, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT)
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
