@@ -280,11 +280,11 @@ class Patronus(nn.Module):
         for layer in self.to(device).encoder:           # z: [N, D, h, w]
             z = layer(z)
             if isinstance(layer, nn.Conv2d):
-                spread = z.std().clamp(min=1e-6)        # images may all be alike
+                spread = z.std()
                 for parameter in layer.parameters():
                     parameter /= spread
                 z = z / spread
-        scale = z.transpose(0, 1).flatten(1).var(1).sum().clamp(min=1e-6).rsqrt()
+        scale = z.transpose(0, 1).flatten(1).var(1).sum().rsqrt()
         for parameter in self.encoder[-2].parameters():     # before the last ReLU
             parameter *= scale
         patches = (z * scale).permute(0, 2, 3, 1).flatten(0, 2)             # [N h w, D]
@@ -386,12 +386,12 @@ def sample_times(T, steps):
     return [round(T - i * T / steps) - 1 for i in range(steps)]
 
 # exercise
-def ddim_step(x, x0, eps, a, a_next, eta=0.0, noise=None):
-    """From x at abar a, with predictions x0 and eps, to abar a_next (Song et al. 2021, eq. 12).
+def ddim_step(x0, eps, a, a_next, eta=0.0, noise=None):
+    """From abar a to a_next, by predictions x0, eps [B, C, H, W] (Song et al. 2021, eq. 12).
     sqrt(a_next) x0 + sqrt(1 - a_next - sigma^2) eps + sigma noise, with (eq. 16) sigma =
-    eta sqrt((1 - a_next) / (1 - a)) sqrt(1 - a / a_next). All of x is in x0 and eps. The clamp is
-    for rounding, which may make 1 - a_next - sigma^2 negative. eta = 0 needs no noise; eta = 1,
-    "ddpm", draws from q(x_next | x, x0) (DDPM eq. 6-7, where beta is 1 - a / a_next)."""
+    eta sqrt((1 - a_next) / (1 - a)) sqrt(1 - a / a_next). The clamp is for rounding, which may make
+    1 - a_next - sigma^2 negative. eta = 0 needs no noise; eta = 1, the sampler "ddpm", draws from
+    q(x_next | x, x0) (DDPM eq. 6-7, where beta is 1 - a / a_next and x is in x0 and eps)."""
     sigma = eta * ((1 - a_next) / (1 - a) * (1 - a / a_next)).sqrt()
     mean = a_next.sqrt() * x0 + (1 - a_next - sigma ** 2).clamp(min=0).sqrt() * eps
     return mean if eta == 0 else mean + sigma * noise
@@ -430,9 +430,9 @@ def sample(predict, xT, abar, steps=20, sampler="dpmpp", clip=True, generator=No
             eps = (x - a.sqrt() * x0) / (1 - a).sqrt()
         if sampler == "ddpm":
             noise = torch.randn(x.shape, generator=generator, device=x.device)
-            x = ddim_step(x, x0, eps, a, a_next, 1.0, noise)
+            x = ddim_step(x0, eps, a, a_next, 1.0, noise)
         elif sampler == "ddim":
-            x = ddim_step(x, x0, eps, a, a_next)
+            x = ddim_step(x0, eps, a, a_next)
         else:
             x = dpmpp_step(x, x0, a, a_next, *before)
             before = (x0, a)
@@ -587,7 +587,7 @@ class Batch(NamedTuple):
 def random_batches(cfg, images, targets, step, device):
     """The batches of a step for this process, one for each of cfg.accumulate passes.
     The draws for all B images come from (seed, step); each process and pass takes its share. So no
-    random state is saved and, dropout aside, the number of processes or passes changes nothing."""
+    random state is saved; dropout and BatchNorm aside, processes and passes change nothing."""
     B = cfg.batch_size
     gen = torch.Generator(device).manual_seed(seed_of(cfg.seed, "noise", step))
     t = torch.randint(cfg.timesteps, (B,), generator=gen, device=device)
@@ -633,7 +633,7 @@ def safe_step(optimizer, scaler):
 def train(cfg, sets, folder, device):
     """Go on from the checkpoint in `folder` to step cfg.steps; that of a new run is of step 0.
     Leaves checkpoint.pt and log.csv, whose seconds are those of training alone. Raises Stop if the
-    images changed or gradients stay bad, KeyboardInterrupt after Ctrl-C, when the step is saved."""
+    images changed or training diverges, KeyboardInterrupt after Ctrl-C, when the step is saved."""
     run = load_run(folder, device)                      # its model is the moving average
     known = run.known
     check(known["images"] == fingerprint(sets[0].images, sets[0].labels),
@@ -661,7 +661,7 @@ def train(cfg, sets, folder, device):
                 moves = step >= round(group["start"] * cfg.steps)
                 group["lr"] = learning_rate(step, cfg) * group["factor"] * moves
             for i, batch in enumerate(random_batches(cfg, images, known["targets"], step, device)):
-                net.require_backward_grad_sync = i == cfg.accumulate - 1    # of processes
+                net.require_backward_grad_sync = i == cfg.accumulate - 1    # sync once a step
                 with autocast(device, cfg.amp):
                     losses = forward(batch, abar, cfg)
                 scaler.scale(losses["loss"] / cfg.accumulate).backward()

@@ -133,20 +133,20 @@ def test_ddpm_step_is_ddim_step_at_eta_one():
     beta = 1 - a / a_next
     mean = (a_next.sqrt() * beta * x0 + (a / a_next).sqrt() * (1 - a_next) * x) / (1 - a)
     ddpm = mean + ((1 - a_next) / (1 - a) * beta).sqrt() * noise
-    assert close(ddpm, pd.ddim_step(x, x0, eps, a, a_next, 1.0, noise), 1e-12, 1e-12)
+    assert close(ddpm, pd.ddim_step(x0, eps, a, a_next, 1.0, noise), 1e-12, 1e-12)
 
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 def test_ddim_step_weighs_image_prediction_and_noise(eta):
     x, _, _, _, a, a_next = step_inputs()
     one, zero = torch.ones_like(x), torch.zeros_like(x)
-    image, eps, noise = (pd.ddim_step(x, *given[:2], a, a_next, eta, given[2]).flatten()[0]
+    image, eps, noise = (pd.ddim_step(*given[:2], a, a_next, eta, given[2]).flatten()[0]
                          for given in ((one, zero, zero), (zero, one, zero), (zero, zero, one)))
     assert close(image, a_next.sqrt(), 1e-12, 1e-12), "sqrt(a_next) x0"
     assert close(noise, eta * ((1 - a_next) / (1 - a) * (1 - a / a_next)).sqrt(), 1e-12, 1e-12), "sigma, eq. 16"
     assert close(eps ** 2 + noise ** 2, 1 - a_next, 1e-12, 1e-12), "what there is of both is the variance 1 - a_next"
-    last = pd.ddim_step(x, one, one, a, torch.ones_like(a), eta, zero)
+    last = pd.ddim_step(one, one, a, torch.ones_like(a), eta, zero)
     assert close(last, one, 1e-12, 1e-12), "the last step, to abar = 1, gives the predicted image"
-    assert eta or pd.ddim_step(x, one, zero, a, a_next).equal(a_next.sqrt() * one), "eta = 0 is given no noise"
+    assert eta or pd.ddim_step(one, zero, a, a_next).equal(a_next.sqrt() * one), "eta = 0 is given no noise"
 
 def test_first_dpmpp_step_is_ddim_and_the_second_uses_the_step_before():
     x, x0, eps, _, a, a_next = step_inputs()
