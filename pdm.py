@@ -5,25 +5,27 @@ Paper: "Prototype-Guided Diffusion: Visual Conditioning without External Memory"
 The idea. Retrieval-augmented diffusion looks up neighbours in a memory of training features, which
 costs space and time. Here a small encoder f_phi maps the clean image to a feature z, and K learned
 prototypes e lie in the same space. PDM needs no label and chooses the prototype nearest to z; s-PDM
-has one for each class, and the label chooses. Two losses draw z and the chosen prototype together,
-a third (PDM) turns prototypes apart, and the denoiser attends to the chosen one before its middle
-block. All trains at once with the noise loss. Sampling draws prototypes as often as training did.
+has one for each class, and the label chooses. Losses draw z and the chosen prototype together and
+turn prototypes apart, and the denoiser attends to the chosen one before its middle block. All
+trains at once. As these losses let all images choose one prototype, f_phi by default (choice) also
+sees two random views of each image, which shall choose the same, and all prototypes equally often:
+then prototypes mean what does not differ between views.
 
     clean image x0 ──> f_phi ──> z ──> nearest of K prototypes e     contrastive + alignment loss
-                                            │  (s-PDM: the label's)  (PDM: + compactness of e)
+    two views of it ────┘                   │  (s-PDM: the label's)  (PDM: + compactness of e)
                           e + sinusoids(t): the key and the value    (or a learned null)
                                             │
     noisy image xt ──> U-Net down ──> cross-attention ──> middle ──> U-Net up ──> predicted noise
 
     python pdm.py                                       # built-in shapes, no labels, on a CPU
     python pdm.py --supervised                          # s-PDM; --conditioning none: the baseline
+    python pdm.py --views one                           # the paper's losses alone
     python pdm.py --compare runs/A runs/B runs/C        # finished runs: a table and a figure
 
-Comments marked "choice:" say where the paper is silent or we differ; "# exercise" marks functions
-to write again from their docstrings. To change the losses, look at contrastive_loss and its
-neighbours; which prototype an image chooses, at PDM.learn; how a prototype enters, at
-PrototypeAttention; where prototypes start, at PDM.begin; a sampler, at sample.
-"""
+"choice:" marks where the paper is silent or we differ, "# exercise" functions to write again from
+their docstrings. To change what prototypes shall not mean, look at random_view; losses, at
+contrastive_loss and its neighbours; the choice of a prototype, at PDM.learn; how it enters, at
+PrototypeAttention; a sampler, at sample."""
 import argparse
 import contextlib
 import copy
@@ -75,11 +77,12 @@ class Config:
     # prototypes
     conditioning: Literal["prototype", "none"] = "prototype"    # what the denoiser is told
     supervised: bool = False        # s-PDM: a prototype for each class, chosen by the label
-    num_prototypes: int = 4         # K; s-PDM takes the number of classes
+    num_prototypes: int = 10        # K; s-PDM takes the number of classes
     prototype_dim: int = 64         # D, length of a prototype and of a feature, even
     attend: Literal["one", "all"] = "one"       # the chosen prototype; or all, the chosen favoured
-    start: Literal["features", "uniform"] = "features"  # where prototypes start; uniform: +-0.1
-    encoder_lr: float = 1.0         # learning rate of f_phi, as a factor of --lr
+    views: Literal["two", "one"] = "two"        # two: choice, see swapped_loss; one: the paper's
+    forget: str = "place,mirror,hue,light"      # in what views differ, see random_view
+    view_size: str = "0.8,1.2"      # least and largest side of a view, as a share of the image's
     # network and process
     channels: int = 48              # channels of the U-Net's first level, a multiple of 4
     multipliers: str = "1,1"        # channel factor of each level of the U-Net
@@ -116,12 +119,11 @@ class Config:
     judge_width: int = 16           # channels of its first layers; 64: ResNet-18
     inception: str = "off"          # weights for FID, IS and KID: a file, or download
 
-    # K = 4 above: of shapes four stay in use (warm or cool on bright or dark). Of photographs the
-    # paper's losses, as here, leave one in use; --encoder-lr 0 --tau 0 (no contrast) leaves most.
     # The presets have the paper's K and D. choice (paper's in brackets): T = 1000 (PDM 2000), rate
     # 5e-4 (1e-4), batch 256 (64 a process), attention at sides up to 16, large sets at 64 pixels.
     PHOTOGRAPHS = dict(
         image_size=32, mirror=True, num_prototypes=15, prototype_dim=256, channels=128,
+        forget="place,mirror,light,saturation", view_size="0.45,1",
         multipliers="1,2,2,2", blocks=2, attention=16, dropout=0.1, steps=100_000, batch_size=256,
         lr=5e-4, save_every=1000, num_samples=10_000, guidance=0.3, sampler="dpmpp",
         judge_steps=8000, judge_width=64, inception="download")
@@ -143,7 +145,7 @@ class Config:
         K = len(known["classes"]) if self.supervised else self.num_prototypes
         return PDM(unet, self, known["shape"][0], K)
 
-# ---- Prototypes: features, losses, where they start ----------------------------------------------
+# ---- Prototypes: features, losses, two views -----------------------------------------------------
 
 def feature_encoder(channels, dim):
     """f_phi, the paper's: images [B, channels, S, S] in [-1, 1], S >= 16 -> features z [B, dim]."""
@@ -175,32 +177,56 @@ def compactness_loss(prototypes):
     e = F.normalize(prototypes, dim=1)
     return ((e @ e.T) * (1 - torch.eye(len(e), device=e.device))).square().sum()
 
-@torch.no_grad()
-def spread_points(z, n, seed):
-    """k-means++ (Arthur & Vassilvitskii 2007): n of the points z [N, D], far apart -> [n, D].
-    The next one is drawn with probability proportional to its squared distance to the nearest
-    one already drawn."""
-    gen = torch.Generator().manual_seed(seed_of(seed, "k-means"))
-    chosen = [torch.randint(len(z), (), generator=gen)]
-    nearest = (z - z[chosen[0]]).square().sum(1)        # squared distance to the nearest, [N]
-    while len(chosen) < n:
-        chosen.append(torch.multinomial(nearest + 1e-12, 1, generator=gen)[0])
-        nearest = torch.minimum(nearest, (z - z[chosen[-1]]).square().sum(1))
-    return z[torch.stack(chosen)]
+def random_view(x, cfg):
+    """A random variation of each image x [B, C, S, S] -> the same shape; values may leave [-1, 1].
+    Views of an image get one prototype. So prototypes cannot mean anything in which views differ:
+    the names in cfg.forget are all the knowledge that is put in. place: a square inside the image
+    or around it (repeating its edge), of a side within cfg.view_size; mirror; hue: channels change
+    places, in half of the images also dark and bright; light: contrast, brightness; saturation;
+    form: pixels change places within each quarter of the image."""
+    forget = cfg.forget.split(",")
+    B, C, S, _ = x.shape
+    def uniform(low, high, n=1):                        # n numbers for each image, [B, 1, 1, n]
+        return low + (high - low) * torch.rand(B, 1, 1, n, device=x.device)
+    if "place" in forget:
+        grid = F.affine_grid(torch.eye(2, 3, device=x.device)[None], [1, C, S, S], False)
+        side = uniform(*map(float, cfg.view_size.split(",")))
+        grid = side * grid + (1 - side) * uniform(-1, 1, 2)                     # [B, S, S, 2]
+        x = F.grid_sample(x, grid.clamp(1 / S - 1, 1 - 1 / S), align_corners=False)
+    if "mirror" in forget:
+        x = torch.where(uniform(-1, 1) < 0, x.flip(-1), x)
+    if "hue" in forget:
+        order = torch.rand(B, C, device=x.device).argsort(1)
+        x = x.take_along_dim(order[:, :, None, None], 1) * uniform(-1, 1).sign()
+    if "light" in forget:
+        x = x * uniform(0.6, 1.4) + uniform(-0.3, 0.3)
+    if "saturation" in forget:
+        x = torch.lerp(x.mean(1, keepdim=True), x, uniform(0, 1.6))
+    if "form" in forget:
+        blocks = F.pixel_unshuffle(x, S // 2).unflatten(1, (C, -1))             # [B, C, n, 2, 2]
+        order = torch.rand(B, blocks.shape[2], device=x.device).argsort(1)
+        blocks = blocks.take_along_dim(order[:, None, :, None, None], 2)
+        x = F.pixel_shuffle(blocks.flatten(1, 2), S // 2)
+    return x
 
+# exercise
 @torch.no_grad()
-def k_means(z, n, seed, restarts=20, rounds=20):
-    """k-means (Lloyd 1982) on z [N, D], on the CPU -> centres [n, D], the best of some restarts."""
-    results = []
-    for restart in range(restarts):
-        centres = spread_points(z, n, seed + restart)
-        for _ in range(rounds):
-            member = F.one_hot(distances(z, centres).argmin(1), n).float()      # [N, n]
-            size = member.sum(0)[:, None]
-            centres = torch.where(size > 0, member.T @ z / size.clamp(min=1), centres)
-        error = distances(z, centres).amin(1).square().sum().item()
-        results.append((error, centres))
-    return min(results, key=lambda result: result[0])[1]
+def balanced_assignment(scores, rounds=3):
+    """Sinkhorn-Knopp (Cuturi 2013): scores [B, K] -> shares q [B, K], without a gradient. Rounds
+    scale the columns of exp(scores) to sums of 1, then the rows. So every image is given away
+    whole, and in the limit every prototype receives B / K images."""
+    for _ in range(rounds):
+        scores = scores.log_softmax(0).log_softmax(1)
+    return scores.exp()
+
+# exercise
+def swapped_loss(cos1, cos2):
+    """choice: each view predicts what is assigned to the other (SwAV, Caron et al. 2020, eq. 1-2):
+    mean of -sum(q2 log softmax(cos1 / 0.1)), and the same with 1 and 2 exchanged, halved. cos1,
+    cos2 [B, K]: cosines; q: balanced_assignment of cos / 0.05 over the images of all processes."""
+    q1, q2 = (balanced_assignment(in_all_processes(cos / 0.05))[RANK * len(cos):][:len(cos)]
+              for cos in (cos1, cos2))
+    return (F.cross_entropy(cos1 / 0.1, q2) + F.cross_entropy(cos2 / 0.1, q1)) / 2
 
 # ---- Prototypes: the conditioned denoiser --------------------------------------------------------
 
@@ -260,7 +286,7 @@ class Unconditional(nn.Module):
 
 class PDM(Unconditional):
     """Predicts noise: a U-Net that attends to prototype k [B] before its middle; k = -1: to null.
-    counts, usage [K]: choices of each in this epoch (`epoch` images) and the last, by process 0."""
+    usage [K]: shares of choices, a moving average over 100 steps (of process 0)."""
     def __init__(self, unet, cfg, image_channels, K):
         super().__init__(unet)
         D = cfg.prototype_dim
@@ -268,10 +294,9 @@ class PDM(Unconditional):
         self.attention = PrototypeAttention(unet.middle_width, D)
         self.prototypes = nn.Parameter(torch.empty(K, D).uniform_(-0.1, 0.1))
         self.null = nn.Parameter(0.1 * torch.randn(D))  # choice: stands for "no prototype"
+        self.two_views = cfg.views == "two" and not cfg.supervised
         self.bias = nn.Parameter(torch.ones(())) if cfg.attend == "all" else None       # choice
-        self.register_buffer("epoch", torch.tensor(1))  # images in an epoch, set by begin
-        self.register_buffer("counts", torch.zeros(K, dtype=torch.int64))
-        self.register_buffer("usage", torch.zeros(K, dtype=torch.int64))
+        self.register_buffer("usage", torch.full((K,), 1 / K))
 
     def denoise(self, xt, t, k):
         """xt [B, C, H, W], t [B] in 0..T-1, k [B] -> the predicted noise, [B, C, H, W]."""
@@ -282,45 +307,47 @@ class PDM(Unconditional):
         if self.bias is not None:                       # "all": n = K, self.bias favours the chosen
             keys = torch.arange(len(self.prototypes), device=k.device).expand(len(k), -1)
             bias = self.bias * (keys == k[:, None])
-        tokens = torch.where((k < 0)[:, None, None], self.null, self.prototypes[keys])  # [B, n, D]
+        e = self.normed(self.prototypes, self.null.numel() ** 0.5)      # choice: numbers of size 1
+        tokens = torch.where((k < 0)[:, None, None], self.null, e[keys])                # [B, n, D]
         tokens = tokens + time_embedding(t, tokens.shape[-1])[:, None]
         return self.unet.decode(self.attention(h, tokens, bias), skips, emb)
 
-    @torch.no_grad()
-    def count(self, k):
-        """Add choices k [B] to counts; a full epoch first moves to usage. No host sync."""
-        full = self.counts.sum() >= self.epoch
-        self.usage.copy_(torch.where(full, self.counts, self.usage))
-        chosen = (k[:, None] == torch.arange(len(self.counts), device=k.device)).sum(0)
-        self.counts.copy_(torch.where(full, 0, self.counts) + chosen)
+    def normed(self, v, length=1.0):
+        """Rows v [N, D], with two views of that length: directions are compared, else points."""
+        return length * F.normalize(v, dim=1) if self.two_views else v
 
     # exercise
-    def learn(self, x0, label, tau):
+    def learn(self, x0, label, cfg):
         """Choose prototypes for clean images x0 [B, C, S, S] -> k [B], losses, statistics to log.
-        k = argmin_j ||z - e_j|| with z = f_phi(x0), or the label [B] if it is given; k is counted.
-        Losses: contrastive, alignment and, without labels, compactness. Statistics: variance_of_z,
-        over the batch (biased), summed over D; usage_perplexity, exp(entropy) of the shares
-        p = (counts + usage) / sum, from 1 to K; dead_prototypes, how many have p = 0."""
-        with torch.autocast(x0.device.type, enabled=False):     # choice: float32: an overflow in
-            z = self.encoder(x0)                                # 16 bits would stay in its averages
-            d = distances(z, self.prototypes)
+        k = argmin_j ||z - e_j|| with z = f_phi(x0), or the label [B] if it is given. Losses:
+        contrastive; alignment; without labels, compactness. With two views z and e have length 1,
+        f_phi sees x0 and its views as one batch, and swapped_loss is the contrastive one. Training
+        counts k. Statistics: variance_of_z, over the batch (biased), summed over D;
+        usage_perplexity, exp(entropy), 1 to K; dead_prototypes, used under 1 % of the mean."""
+        views = [random_view(x0, cfg), random_view(x0, cfg)] if self.two_views else []
+        with torch.autocast(x0.device.type, enabled=False):     # choice: float32, as BatchNorm
+            z = self.normed(self.encoder(torch.cat([x0, *views])))      # would keep an overflow
+            e = self.normed(self.prototypes)
+            z, *z_views = z.split(len(x0))
+            d = distances(z, e)
             k = d.argmin(1) if label is None else label
-            losses = {"contrastive": contrastive_loss(d, k, tau),
-                      "alignment": alignment_loss(z, self.prototypes, k)}
+            losses = {"contrastive": contrastive_loss(d, k, cfg.tau) if not views else
+                      swapped_loss(*(z_view @ e.T for z_view in z_views)),
+                      "alignment": alignment_loss(z, e, k)}
             if label is None:
-                losses["compactness"] = compactness_loss(self.prototypes)
+                losses["compactness"] = compactness_loss(e)
         if self.training:
-            self.count(k)
-        share = (self.counts + self.usage) / (self.counts + self.usage).sum()
+            chosen = k[:, None] == torch.arange(len(e), device=k.device)        # [B, K]
+            self.usage.lerp_(chosen.float().mean(0), 0.01)
         return k, losses, {"variance_of_z": z.detach().var(0, correction=0).sum(),
-                           "usage_perplexity": torch.special.entr(share).sum().exp(),
-                           "dead_prototypes": (share == 0).sum().float()}
+                           "usage_perplexity": torch.special.entr(self.usage).sum().exp(),
+                           "dead_prototypes": (self.usage < 0.01 / len(e)).float().sum()}
 
     def forward(self, batch, abar, cfg):
         """L_diff + L_con + alpha L_align + beta L_comp; each alone; and the statistics of learn.
         The noise loss trains the prototypes attended to; f_phi learns from the other losses."""
         label = batch.target if cfg.supervised else None
-        k, losses, statistics = self.learn(batch.x0, label, cfg.tau)
+        k, losses, statistics = self.learn(batch.x0, label, cfg)
         told = torch.where(batch.chance < cfg.null_prob, -1, k)
         diffusion = noise_loss(self.denoise, batch.x0, told, batch.t, batch.eps, abar)
         loss = diffusion + losses["contrastive"] + cfg.alignment * losses["alignment"]
@@ -328,37 +355,10 @@ class PDM(Unconditional):
             loss = loss + cfg.compactness * losses["compactness"]
         return {"loss": loss, "diffusion": diffusion, **losses, **statistics}
 
-    def param_groups(self, cfg):
-        """f_phi learns at its own rate."""
-        rest = [p for name, p in self.named_parameters() if not name.startswith("encoder.")]
-        return [dict(params=rest, factor=1.0, start=0.0),
-                dict(params=[*self.encoder.parameters()], factor=cfg.encoder_lr, start=0.0)]
-
-    @torch.no_grad()
-    def begin(self, cfg, sets, folder, device):
-        """choice: prototypes start at k-means centres of features, s-PDM's at their class's mean.
-        First the bias of f_phi's last layer centres the features. Otherwise all cosines would be
-        near 1, and the compactness loss would drive the prototypes off their images at once."""
-        images = sets[0].images
-        self.epoch.fill_(len(images))
-        known = super().begin(cfg, sets, folder, device)
-        if cfg.start == "features":
-            index = random_index(len(images), min(2000, len(images)), cfg.seed, "prototypes")
-            z = self.to(device).train().encoder(scaled(images, index, device))  # as in training
-            self.encoder[-3].bias -= z.mean(0)          # of the last convolution
-            z = (z - z.mean(0)).cpu()
-            if cfg.supervised:
-                member = F.one_hot(known["targets"][index], len(self.prototypes)).float()
-                start = member.T @ z / member.sum(0)[:, None].clamp(min=1)
-            else:
-                start = k_means(z, len(self.prototypes), cfg.seed)
-            self.prototypes.copy_(start)
-        return known
-
     def choose(self, images, device):
-        """uint8 images [N, C, S, S] -> features z [N, D], nearest prototype k [N], on the CPU."""
-        z = features_of(self.encoder, images, device)
-        return z, distances(z, self.prototypes.cpu()).argmin(1)
+        """uint8 images [N, C, S, S] -> z [N, D], distances [N, K] of prototypes, on the CPU."""
+        z = self.normed(features_of(self.encoder, images, device))
+        return z, distances(z, self.normed(self.prototypes).cpu())
 
 # ---- Diffusion: process, loss, guidance, samplers; all in float32 but the network ----------------
 
@@ -1366,8 +1366,10 @@ def draw_features(path, z, prototypes, panels):
         fig.suptitle("features z of held-out images (dots) and prototypes (stars, numbered)")
 
 def draw_usage(path, rows, table, classes):
-    """usage.png: prototypes in use over training, from log.csv; the contingency table [K, C]."""
+    """usage.png: prototypes in use over training, from log.csv; the contingency table [K, C], with
+    the prototypes in the order of their commonest class."""
     K = len(table)
+    order = table.argmax(1).argsort(stable=True)[:40]
     with drawing(path, 13, 4.5) as fig:
         use, matrix = fig.subplots(1, 2)
         steps = [row["step"] for row in rows]
@@ -1375,10 +1377,10 @@ def draw_usage(path, rows, table, classes):
         use.plot(steps, [K - row["dead_prototypes"] for row in rows], label="alive: chosen at all")
         use.set(title=f"prototypes in use, of {K}", xlabel="step", ylim=(0, 1.1 * K))
         use.legend()
-        shown = table[:40, :40]
+        shown = table[order, :40]
         fig.colorbar(matrix.imshow(shown, aspect="auto"), ax=matrix, label="held-out images")
         matrix.set(title="which images choose each prototype", ylabel="prototype")
-        matrix.set_yticks(range(0, len(shown), 2))
+        matrix.set_yticks(range(len(order)), order.tolist(), fontsize="small")
         if len(classes) <= 20:
             matrix.set_xticks(range(len(classes)), classes, rotation=90)
 
@@ -1594,6 +1596,14 @@ def in_any_process(flag, device):
     dist.all_reduce(total)
     return total.item() > 0
 
+def in_all_processes(rows):
+    """rows [B, n] of all of torchrun's processes, in order -> [WORLD * B, n], without gradient."""
+    if not dist.is_initialized():
+        return rows.detach()
+    parts = [torch.empty_like(rows) for _ in range(WORLD)]
+    dist.all_gather(parts, rows.detach())
+    return torch.cat(parts)
+
 def new_run(cfg, sets, folder, device):
     """All that comes before training: config.json, and the checkpoint of step 0.
     known: shape, classes and span (see Dataset) of the images, their fingerprint, seconds that this
@@ -1711,11 +1721,11 @@ def condition_names(cfg, run):
 
 def draw_conditions(cfg, run):
     """cfg.num_samples prototypes to sample from, [N], sorted.
-    choice: as often as training chose each in this epoch and the one before (paper: uniform)."""
+    choice: as often as training chose each of late (paper: uniform)."""
     if cfg.conditioning == "none":
         return torch.zeros(cfg.num_samples, dtype=torch.int64)
-    share = (run.model.counts + run.model.usage).cpu().float()
-    if cfg.frequency == "uniform" or share.sum() == 0:
+    share = run.model.usage.cpu()
+    if cfg.frequency == "uniform":
         share = torch.ones_like(share)
     place = (torch.arange(cfg.num_samples) + 0.5) / cfg.num_samples * share.sum()
     return torch.searchsorted(share.cumsum(0), place)
@@ -1727,7 +1737,7 @@ def asked_conditions(cfg, run, given):
         check(cfg.conditioning == "prototype", "this run has no prototypes: leave out --like")
         image = decode(Path(given.like), cfg.image_size, run.known.get("span"))
         image = image[None, :run.known["shape"][0]]
-        chosen = run.model.choose(image, run.device)[1].tolist()
+        chosen = run.model.choose(image, run.device)[1].argmin(1).tolist()
         print(f"{given.like} chooses {names[chosen[0]]}")
     elif given.labels:
         chosen = asked_labels(given.labels, names)
@@ -1747,20 +1757,33 @@ def sample_pdm(cfg, run, k, folder):
                  f"{cfg.sample_steps} {cfg.sampler} steps, seed {cfg.seed}")
     return images
 
+def crosstable(run, data):
+    """How many images of a data set of class c choose prototype k -> [K, C]; no classes: C = 1."""
+    k = run.model.choose(data.images, run.device)[1].argmin(1)
+    labels = data.labels if data.classes else torch.zeros_like(k)
+    return contingency(k, labels, len(run.model.prototypes), len(data.classes) or 1)
+
 def measure_prototypes(cfg, run, sets, samples, k, folder):
     """Pictures in `folder`, and figures as a dict; samples uint8 [N, C, H, W] are of k [N]."""
-    prototypes = run.model.prototypes.cpu()
+    prototypes = run.model.normed(run.model.prototypes).cpu()
     K = len(prototypes)
-    z_train, k_train = run.model.choose(sets[0].images, run.device)
-    z_test, k_test = run.model.choose(sets[1].images, run.device)
-    z_samples, k_samples = run.model.choose(samples, run.device)
+    z_train, d_train = run.model.choose(sets[0].images, run.device)
+    z_test, d_test = run.model.choose(sets[1].images, run.device)
+    z_samples, d_samples = run.model.choose(samples, run.device)
+    k_train, k_test, k_samples = (d.argmin(1) for d in (d_train, d_test, d_samples))
     names = condition_names(cfg, run)
-    shown = generate(cfg, run, torch.arange(K)[:20].repeat_interleave(6)).unflatten(0, (-1, 6))
-    d = torch.cdist(prototypes[:20], z_train)
-    nearest = d.topk(min(6, len(z_train)), largest=False).indices
+    classes = sets[1].classes
+    table = crosstable(run, sets[1])
+    order = table.argmax(1).argsort(stable=True)[:20]
+    rows = [names[k] for k in order]
+    if classes and not cfg.supervised:
+        rows = [f"{k}: {table[k].max() / table[k].sum():.0%} {classes[table[k].argmax()]}"
+                for k in order]
+    shown = generate(cfg, run, order.repeat_interleave(6)).unflatten(0, (-1, 6))
+    nearest = d_train[:, order].topk(min(6, len(d_train)), 0, largest=False).indices.T
     gap = torch.full_like(shown[:, :1], 255)
     tiles = torch.cat([shown, gap, sets[0].images[nearest]], 1).flatten(0, 1)
-    draw_grid(folder / "prototypes.png", tiles, names[:20],
+    draw_grid(folder / "prototypes.png", tiles, rows,
               "samples of each prototype; right of the gap, the real images nearest to it")
     share = torch.bincount(k_train, minlength=K) / len(k_train)
     figures = dict(alive=(share > 0).sum().item(),
@@ -1771,11 +1794,8 @@ def measure_prototypes(cfg, run, sets, samples, k, folder):
                    rechosen=(k_samples == k).float().mean().item())
     some = torch.randperm(len(z_test), generator=torch.Generator().manual_seed(0))[:3000]
     panels = [("by prototype", k_test[some], names)]
-    classes = sets[1].classes or ["all"]
-    labels = sets[1].labels if sets[1].classes else torch.zeros_like(k_test)
-    table = contingency(k_test, labels, K, len(classes))
-    if sets[1].classes:
-        panels.append(("by class", labels[some], classes))
+    if classes:
+        panels.append(("by class", sets[1].labels[some], classes))
         figures.update(purity=purity(table), nmi=normalised_mutual_information(table))
     draw_features(folder / "features.png", z_test[some], prototypes, panels)
     if run.log["rows"]:
@@ -1823,11 +1843,14 @@ def evaluate_pdm(cfg, run, sets, folder):
         draw_denoising(folder / "denoising.png", cfg, run, torch.arange(len(names)), names)
         if sets[0].classes:
             judge = load_judge(cfg, sets[0], run.device)
-            made = judge_images(judge, images, k, run.device)
+            expected = k                                # else what real images of k mostly are
+            if cfg.conditioning == "prototype" and not cfg.supervised:
+                expected = crosstable(run, sets[1]).argmax(1)[k]
+            made = judge_images(judge, images, expected, run.device)
             real = judge_images(judge, sets[1].images, sets[1].labels, run.device)
             figures.update(frechet=made["frechet"], real_frechet=real["frechet"],
                            real_accuracy=real["accuracy"])
-            if cfg.supervised:                          # else prototypes are no classes
+            if cfg.conditioning == "prototype":
                 figures["accuracy"] = made["accuracy"]
         if cfg.conditioning == "prototype":
             figures.update(measure_prototypes(cfg, run, sets, images, k, folder))
@@ -1937,6 +1960,11 @@ def pdm(given):
     plain = cfg.conditioning == "none"
     check(cfg.prototype_dim % 2 == 0 and cfg.image_size >= 16,
           "--prototype-dim must be even, and --image-size at least 16")
+    words = "place,mirror,hue,light,saturation,form"
+    check({*cfg.forget.split(",")} <= {*words.split(","), ""}, f"--forget takes some of {words}")
+    check("form" not in cfg.forget or cfg.image_size % 2 == 0,
+          "--forget form needs an even --image-size")
+    check(re.fullmatch(r"\d*\.?\d+,\d*\.?\d+", cfg.view_size), "give --view-size like 0.8,1.2")
     check(not (plain and cfg.supervised), "--supervised chooses prototypes by label, and "
           "--conditioning none has no prototypes: leave one of them out")
     check(plain or cfg.null_prob > 0 or cfg.guidance == 0,

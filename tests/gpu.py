@@ -188,10 +188,10 @@ def best(piece):
         piece.evaluate(f"guidance-{w}", piece.folder / "run", guidance=w, num_samples=few)
 
 def others(piece):
-    """The other papers; PDM as its settings advise for photographs."""
+    """The other papers."""
     piece.train("patronus", patronus, num_samples=2000)
     piece.train("s-pdm", pdm, num_samples=2000, supervised=True)
-    piece.train("pdm", pdm, num_samples=2000, encoder_lr=0.0, tau=0.0)
+    piece.train("pdm", pdm, num_samples=2000)
 
 def main(argv=None):
     """The command line. Returns 0, or 130 if it was cut off."""
