@@ -1362,7 +1362,8 @@ def draw_features(path, z, prototypes, panels):
                 axes.annotate(str(number), star, textcoords="offset points", xytext=(10, 7))
             axes.set(title=title, xlabel="first principal component", ylabel="second")
             if len(names) <= 20:
-                axes.legend(dots.legend_elements(num=None)[0], [names[g] for g in groups.unique()])
+                axes.legend(dots.legend_elements(num=None)[0], [names[g] for g in groups.unique()],
+                            loc="center left", bbox_to_anchor=(1, 0.5))
         fig.suptitle("features z of held-out images (dots) and prototypes (stars, numbered)")
 
 def draw_usage(path, rows, table, classes):
@@ -1374,7 +1375,7 @@ def draw_usage(path, rows, table, classes):
         use, matrix = fig.subplots(1, 2)
         steps = [row["step"] for row in rows]
         use.plot(steps, [row["usage_perplexity"] for row in rows], label="perplexity of their use")
-        use.plot(steps, [K - row["dead_prototypes"] for row in rows], label="alive: chosen at all")
+        use.plot(steps, [K - row["dead_prototypes"] for row in rows], label="alive")
         use.set(title=f"prototypes in use, of {K}", xlabel="step", ylim=(0, 1.1 * K))
         use.legend()
         shown = table[order, :40]
