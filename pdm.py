@@ -324,8 +324,8 @@ class PDM(Unconditional):
         f_phi sees x0 and its views as one batch, and swapped_loss is the contrastive one. Training
         counts k. Statistics: variance_of_z, over the batch (biased), summed over D;
         usage_perplexity, exp(entropy), 1 to K; dead_prototypes, used under 1 % of the mean."""
-        views = [random_view(x0, cfg), random_view(x0, cfg)] if self.two_views else []
         with torch.autocast(x0.device.type, enabled=False):     # choice: float32, as BatchNorm
+            views = [random_view(x0, cfg), random_view(x0, cfg)] if self.two_views else []
             z = self.normed(self.encoder(torch.cat([x0, *views])))      # would keep an overflow
             e = self.normed(self.prototypes)
             z, *z_views = z.split(len(x0))
@@ -1778,8 +1778,8 @@ def measure_prototypes(cfg, run, sets, samples, k, folder):
     order = table.argmax(1).argsort(stable=True)[:20]
     rows = [names[k] for k in order]
     if classes and not cfg.supervised:
-        rows = [f"{k}: {table[k].max() / table[k].sum():.0%} {classes[table[k].argmax()]}"
-                for k in order]
+        share = table.amax(1) / table.sum(1).clamp(min=1)
+        rows = [f"{k}: {share[k]:.0%} {classes[table[k].argmax()]}" for k in order]
     shown = generate(cfg, run, order.repeat_interleave(6)).unflatten(0, (-1, 6))
     nearest = d_train[:, order].topk(min(6, len(d_train)), 0, largest=False).indices.T
     gap = torch.full_like(shown[:, :1], 255)
@@ -1965,7 +1965,9 @@ def pdm(given):
     check({*cfg.forget.split(",")} <= {*words.split(","), ""}, f"--forget takes some of {words}")
     check("form" not in cfg.forget or cfg.image_size % 2 == 0,
           "--forget form needs an even --image-size")
-    check(re.fullmatch(r"\d*\.?\d+,\d*\.?\d+", cfg.view_size), "give --view-size like 0.8,1.2")
+    with explained("give --view-size like 0.8,1.2"):
+        low, high = map(float, cfg.view_size.split(","))
+        check(0 < low <= high, f"now {cfg.view_size}")
     check(not (plain and cfg.supervised), "--supervised chooses prototypes by label, and "
           "--conditioning none has no prototypes: leave one of them out")
     check(plain or cfg.null_prob > 0 or cfg.guidance == 0,

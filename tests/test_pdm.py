@@ -530,6 +530,7 @@ def test_what_cannot_be_is_one_sentence_and_changes_nothing(runs, tmp_path, caps
             ("--image-size", dict(image_size=8)), ("--prototype-dim", dict(prototype_dim=7)), ("--tau", dict(tau=-1)),
             ("--forget", dict(forget="mirror,colour")), ("--forget form", dict(forget="form,hue", image_size=17)),
             ("--view-size", dict(view_size="0.8")), ("--view-size", dict(view_size="0.8,-1")),
+            ("--view-size", dict(view_size="1.2,0.8")), ("--view-size", dict(view_size="0,1")),
             ("--guidance 0", dict(null_prob=0)), ("--supervised", dict(supervised=True, conditioning="none")),
             ("train/<class>", dict(supervised=True, dataset="folder", data_dir=runs.flat))]:
         refused(pdm, capsys, args(out=out, **changes), word)
