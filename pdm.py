@@ -7,9 +7,9 @@ costs space and time. Here a small encoder f_phi maps the clean image to a featu
 prototypes e lie in the same space. PDM needs no label and chooses the prototype nearest to z; s-PDM
 has one for each class, and the label chooses. Losses draw z and the chosen prototype together and
 turn prototypes apart, and the denoiser attends to the chosen one before its middle block. All
-trains at once. As these losses let all images choose one prototype, f_phi by default (choice) also
-sees two random views of each image, which shall choose the same, and all prototypes equally often:
-then prototypes mean what does not differ between views.
+trains at once. These losses let all images choose one prototype; so by default (choice, PDM only)
+another replaces the contrastive one: two random views of an image shall choose alike, all images
+together every prototype equally often. Prototypes then mean what the views of an image share.
 
     clean image x0 ──> f_phi ──> z ──> nearest of K prototypes e     contrastive + alignment loss
     two views of it ────┘                   │  (s-PDM: the label's)  (PDM: + compactness of e)
@@ -78,11 +78,11 @@ class Config:
     conditioning: Literal["prototype", "none"] = "prototype"    # what the denoiser is told
     supervised: bool = False        # s-PDM: a prototype for each class, chosen by the label
     num_prototypes: int = 10        # K; s-PDM takes the number of classes
-    prototype_dim: int = 64         # D, length of a prototype and of a feature, even
+    prototype_dim: int = 64         # D, numbers in a prototype and in a feature, even
     attend: Literal["one", "all"] = "one"       # the chosen prototype; or all, the chosen favoured
-    views: Literal["two", "one"] = "two"        # two: choice, see swapped_loss; one: the paper's
-    forget: str = "place,mirror,hue,light"      # in what views differ, see random_view
-    view_size: str = "0.8,1.2"      # least and largest side of a view, as a share of the image's
+    views: Literal["two", "one"] = "two"        # PDM: two: swapped_loss; one: the paper's
+    forget: str = "place,mirror,hue,light"      # what prototypes shall not mean, see random_view
+    view_size: str = "0.8,1.2"      # place: least and largest side of a view, in sides of the image
     # network and process
     channels: int = 48              # channels of the U-Net's first level, a multiple of 4
     multipliers: str = "1,1"        # channel factor of each level of the U-Net
@@ -97,7 +97,7 @@ class Config:
     accumulate: int = 1             # passes that split a step's images, to save memory
     lr: float = 2e-3                # peak learning rate
     warmup: float = 0.05            # fraction of steps in which the learning rate rises
-    tau: float = 1.0                # sharpness of the contrastive loss
+    tau: float = 1.0                # sharpness of contrastive_loss; of no effect with two views
     alignment: float = 1.0          # alpha, weight of the alignment loss
     compactness: float = 1.0        # beta, weight of the compactness loss (PDM)
     null_prob: float = 0.1          # probability of training without the prototype
@@ -179,11 +179,11 @@ def compactness_loss(prototypes):
 
 def random_view(x, cfg):
     """A random variation of each image x [B, C, S, S] -> the same shape; values may leave [-1, 1].
-    Views of an image get one prototype. So prototypes cannot mean anything in which views differ:
-    the names in cfg.forget are all the knowledge that is put in. place: a square inside the image
-    or around it (repeating its edge), of a side within cfg.view_size; mirror; hue: channels change
-    places, in half of the images also dark and bright; light: contrast, brightness; saturation;
-    form: pixels change places within each quarter of the image."""
+    Views of an image get one prototype, so prototypes hardly mean what views differ in: besides K
+    and equal use, the names in cfg.forget are all the knowledge that is put in. place: a square
+    inside the image or around it (repeating its edge), its side drawn within cfg.view_size; mirror;
+    hue: channels change places, in half of the images also dark and bright; light: contrast,
+    brightness; saturation; form: pixels change places within each quarter of the image."""
     forget = cfg.forget.split(",")
     B, C, S, _ = x.shape
     def uniform(low, high, n=1):                        # n numbers for each image, [B, 1, 1, n]
@@ -191,8 +191,9 @@ def random_view(x, cfg):
     if "place" in forget:
         grid = F.affine_grid(torch.eye(2, 3, device=x.device)[None], [1, C, S, S], False)
         side = uniform(*map(float, cfg.view_size.split(",")))
-        grid = side * grid + (1 - side) * uniform(-1, 1, 2)                     # [B, S, S, 2]
-        x = F.grid_sample(x, grid.clamp(1 / S - 1, 1 - 1 / S), align_corners=False)
+        grid = side * grid + (1 - side) * uniform(-1, 1, 2)     # where in x to look, [B, S, S, 2]
+        grid = grid.clamp(1 / S - 1, 1 - 1 / S)         # beyond the last pixels: repeat them
+        x = F.grid_sample(x, grid, align_corners=False)
     if "mirror" in forget:
         x = torch.where(uniform(-1, 1) < 0, x.flip(-1), x)
     if "hue" in forget:
@@ -203,18 +204,18 @@ def random_view(x, cfg):
     if "saturation" in forget:
         x = torch.lerp(x.mean(1, keepdim=True), x, uniform(0, 1.6))
     if "form" in forget:
-        blocks = F.pixel_unshuffle(x, S // 2).unflatten(1, (C, -1))             # [B, C, n, 2, 2]
-        order = torch.rand(B, blocks.shape[2], device=x.device).argsort(1)
-        blocks = blocks.take_along_dim(order[:, None, :, None, None], 2)
-        x = F.pixel_shuffle(blocks.flatten(1, 2), S // 2)
+        pixels = F.pixel_unshuffle(x, S // 2).unflatten(1, (C, -1))     # [B, C, in quarter, 2, 2]
+        order = torch.rand(B, pixels.shape[2], device=x.device).argsort(1)
+        pixels = pixels.take_along_dim(order[:, None, :, None, None], 2)
+        x = F.pixel_shuffle(pixels.flatten(1, 2), S // 2)
     return x
 
 # exercise
 @torch.no_grad()
 def balanced_assignment(scores, rounds=3):
-    """Sinkhorn-Knopp (Cuturi 2013): scores [B, K] -> shares q [B, K], without a gradient. Rounds
-    scale the columns of exp(scores) to sums of 1, then the rows. So every image is given away
-    whole, and in the limit every prototype receives B / K images."""
+    """Sinkhorn-Knopp (Cuturi 2013): scores [B, K] -> q [B, K], the share of each image that each
+    prototype gets, without a gradient. A round scales the columns of exp(scores) to sums of 1, then
+    the rows. Every image is given away whole; in the limit every prototype receives B / K."""
     for _ in range(rounds):
         scores = scores.log_softmax(0).log_softmax(1)
     return scores.exp()
@@ -223,7 +224,8 @@ def balanced_assignment(scores, rounds=3):
 def swapped_loss(cos1, cos2):
     """choice: each view predicts what is assigned to the other (SwAV, Caron et al. 2020, eq. 1-2):
     mean of -sum(q2 log softmax(cos1 / 0.1)), and the same with 1 and 2 exchanged, halved. cos1,
-    cos2 [B, K]: cosines; q: balanced_assignment of cos / 0.05 over the images of all processes."""
+    cos2 [B, K]: cosines; q: this process's rows of balanced_assignment of in_all_processes(cos /
+    0.05), which puts the rows of all processes in order of RANK below one another."""
     q1, q2 = (balanced_assignment(in_all_processes(cos / 0.05))[RANK * len(cos):][:len(cos)]
               for cos in (cos1, cos2))
     return (F.cross_entropy(cos1 / 0.1, q2) + F.cross_entropy(cos2 / 0.1, q1)) / 2
@@ -286,7 +288,7 @@ class Unconditional(nn.Module):
 
 class PDM(Unconditional):
     """Predicts noise: a U-Net that attends to prototype k [B] before its middle; k = -1: to null.
-    usage [K]: shares of choices, a moving average over 100 steps (of process 0)."""
+    usage [K]: shares of choices, a moving average over 100 passes (of process 0)."""
     def __init__(self, unet, cfg, image_channels, K):
         super().__init__(unet)
         D = cfg.prototype_dim
@@ -302,49 +304,47 @@ class PDM(Unconditional):
         """xt [B, C, H, W], t [B] in 0..T-1, k [B] -> the predicted noise, [B, C, H, W]."""
         emb = self.unet.embed(t)
         h, skips = self.unet.encode(xt, emb)
-        keys = k[:, None]                               # rows to attend to, [B, n]; "one": n = 1
-        bias = None                                     # keys of -1 are replaced below
+        rows = k[:, None]                               # to attend to, [B, n]; "one": n = 1
+        bias = None
         if self.bias is not None:                       # "all": n = K, self.bias favours the chosen
-            keys = torch.arange(len(self.prototypes), device=k.device).expand(len(k), -1)
-            bias = self.bias * (keys == k[:, None])
-        e = self.normed(self.prototypes, self.null.numel() ** 0.5)      # choice: numbers of size 1
-        tokens = torch.where((k < 0)[:, None, None], self.null, e[keys])                # [B, n, D]
+            rows = torch.arange(len(self.prototypes), device=k.device).expand(len(k), -1)
+            bias = self.bias * (rows == k[:, None])
+        e = self.normed(self.prototypes, self.prototypes.shape[1] ** 0.5)   # two views: entries ~1
+        tokens = torch.where((k < 0)[:, None, None], self.null, e[rows])                # [B, n, D]
         tokens = tokens + time_embedding(t, tokens.shape[-1])[:, None]
         return self.unet.decode(self.attention(h, tokens, bias), skips, emb)
 
     def normed(self, v, length=1.0):
-        """Rows v [N, D], with two views of that length: directions are compared, else points."""
+        """v [N, D]; with two views its rows scaled to this length, so that directions count."""
         return length * F.normalize(v, dim=1) if self.two_views else v
 
     # exercise
     def learn(self, x0, label, cfg):
         """Choose prototypes for clean images x0 [B, C, S, S] -> k [B], losses, statistics to log.
         k = argmin_j ||z - e_j|| with z = f_phi(x0), or the label [B] if it is given. Losses:
-        contrastive; alignment; without labels, compactness. With two views z and e have length 1,
-        f_phi sees x0 and its views as one batch, and swapped_loss is the contrastive one. Training
-        counts k. Statistics: variance_of_z, over the batch (biased), summed over D;
+        contrastive; alignment; without labels, compactness. With two views (never of labels) z and
+        e have length 1, f_phi sees x0 and its views as one batch, and contrastive is swapped_loss.
+        Training counts k. Statistics: variance_of_z, over the batch (biased), summed over D;
         usage_perplexity, exp(entropy), 1 to K; dead_prototypes, used under 1 % of the mean."""
-        with torch.autocast(x0.device.type, enabled=False):     # choice: float32, as BatchNorm
+        with torch.autocast(x0.device.type, enabled=False):     # choice: BatchNorm would keep inf
             views = [random_view(x0, cfg), random_view(x0, cfg)] if self.two_views else []
-            z = self.normed(self.encoder(torch.cat([x0, *views])))      # would keep an overflow
+            z, *z_views = self.normed(self.encoder(torch.cat([x0, *views]))).split(len(x0))
             e = self.normed(self.prototypes)
-            z, *z_views = z.split(len(x0))
             d = distances(z, e)
             k = d.argmin(1) if label is None else label
-            losses = {"contrastive": contrastive_loss(d, k, cfg.tau) if not views else
-                      swapped_loss(*(z_view @ e.T for z_view in z_views)),
+            losses = {"contrastive": swapped_loss(*(v @ e.T for v in z_views)) if views else
+                      contrastive_loss(d, k, cfg.tau),
                       "alignment": alignment_loss(z, e, k)}
             if label is None:
                 losses["compactness"] = compactness_loss(e)
         if self.training:
-            chosen = k[:, None] == torch.arange(len(e), device=k.device)        # [B, K]
-            self.usage.lerp_(chosen.float().mean(0), 0.01)
+            self.usage.lerp_(F.one_hot(k, len(e)).float().mean(0), 0.01)
         return k, losses, {"variance_of_z": z.detach().var(0, correction=0).sum(),
                            "usage_perplexity": torch.special.entr(self.usage).sum().exp(),
                            "dead_prototypes": (self.usage < 0.01 / len(e)).float().sum()}
 
     def forward(self, batch, abar, cfg):
-        """L_diff + L_con + alpha L_align + beta L_comp; each alone; and the statistics of learn.
+        """L_diff + L_con + alpha L_align + beta L_comp; each term; and the statistics of learn.
         The noise loss trains the prototypes attended to; f_phi learns from the other losses."""
         label = batch.target if cfg.supervised else None
         k, losses, statistics = self.learn(batch.x0, label, cfg)
@@ -605,7 +605,7 @@ class Batch(NamedTuple):
 def random_batches(cfg, images, targets, step, device):
     """The batches of a step for this process, one for each of cfg.accumulate passes.
     The draws for all B images come from (seed, step); each process and pass takes its share. So no
-    random state is saved; dropout and BatchNorm aside, processes and passes change nothing."""
+    random state is saved; only the model's draws and batch statistics depend on the split."""
     B = cfg.batch_size
     gen = torch.Generator(device).manual_seed(seed_of(cfg.seed, "noise", step))
     t = torch.randint(cfg.timesteps, (B,), generator=gen, device=device)
@@ -1778,8 +1778,8 @@ def measure_prototypes(cfg, run, sets, samples, k, folder):
     order = table.argmax(1).argsort(stable=True)[:20]
     rows = [names[k] for k in order]
     if classes and not cfg.supervised:
-        share = table.amax(1) / table.sum(1).clamp(min=1)
-        rows = [f"{k}: {share[k]:.0%} {classes[table[k].argmax()]}" for k in order]
+        pure = table.amax(1) / table.sum(1).clamp(min=1)
+        rows = [f"{k}: {pure[k]:.0%} {classes[table[k].argmax()]}" for k in order]
     shown = generate(cfg, run, order.repeat_interleave(6)).unflatten(0, (-1, 6))
     nearest = d_train[:, order].topk(min(6, len(d_train)), 0, largest=False).indices.T
     gap = torch.full_like(shown[:, :1], 255)

@@ -485,7 +485,7 @@ class Batch(NamedTuple):
 def random_batches(cfg, images, targets, step, device):
     """The batches of a step for this process, one for each of cfg.accumulate passes.
     The draws for all B images come from (seed, step); each process and pass takes its share. So no
-    random state is saved; dropout and BatchNorm aside, processes and passes change nothing."""
+    random state is saved; only the model's draws and batch statistics depend on the split."""
     B = cfg.batch_size
     gen = torch.Generator(device).manual_seed(seed_of(cfg.seed, "noise", step))
     t = torch.randint(cfg.timesteps, (B,), generator=gen, device=device)
