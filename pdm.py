@@ -200,7 +200,7 @@ def random_view(x, cfg):
         order = torch.rand(B, C, device=x.device).argsort(1)
         x = x.take_along_dim(order[:, :, None, None], 1) * uniform(-1, 1).sign()
     if "light" in forget:
-        x = x * uniform(0.6, 1.4) + uniform(-0.3, 0.3)
+        x = x * uniform(0.6, 1.4) + uniform(-0.6, 0.6)
     if "saturation" in forget:
         x = torch.lerp(x.mean(1, keepdim=True), x, uniform(0, 1.6))
     if "form" in forget:
