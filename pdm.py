@@ -62,8 +62,8 @@ from torchvision.transforms import v2
 
 SCRIPT = Path(__file__).stem
 TORCHRUN = [os.environ.get(name) for name in ("RANK", "WORLD_SIZE")]    # under torchrun two numbers
-
 RANK, WORLD = map(int, TORCHRUN if all(str(n).isdecimal() for n in TORCHRUN) else (0, 1))
+
 # ---- Settings ------------------------------------------------------------------------------------
 
 Sets = Literal["shapes", "folder", "cifar10", "stl10", "eurosat", "tiny-imagenet", "celeba"]
