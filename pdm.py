@@ -183,7 +183,7 @@ def random_view(x, cfg):
     and equal use, the names in cfg.forget are all the knowledge that is put in. place: a square
     inside the image or around it (repeating its edge), its side drawn within cfg.view_size; mirror;
     hue: channels change places, in half of the images also dark and bright; light: contrast,
-    brightness; saturation; form: pixels change places within each quarter of the image."""
+    brightness; saturation, a fifth grey; form: pixels change places within each quarter of it."""
     forget = cfg.forget.split(",")
     B, C, S, _ = x.shape
     def uniform(low, high, n=1):                        # n numbers for each image, [B, 1, 1, n]
@@ -202,7 +202,7 @@ def random_view(x, cfg):
     if "light" in forget:
         x = x * uniform(0.6, 1.4) + uniform(-0.6, 0.6)
     if "saturation" in forget:
-        x = torch.lerp(x.mean(1, keepdim=True), x, uniform(0, 1.6))
+        x = torch.lerp(x.mean(1, keepdim=True), x, uniform(-0.4, 1.6).clamp(min=0))
     if "form" in forget:
         pixels = F.pixel_unshuffle(x, S // 2).unflatten(1, (C, -1))     # [B, C, in quarter, 2, 2]
         order = torch.rand(B, pixels.shape[2], device=x.device).argsort(1)

@@ -276,6 +276,7 @@ def test_light_is_one_contrast_and_one_brightness_and_saturation_scales_what_is_
     v, grey = viewed(IMAGES, "saturation"), IMAGES.mean(1, keepdim=True)
     a = least_squares(IMAGES - grey, v)
     assert close(v, grey + a * (IMAGES - grey), 1e-5) and spans(a, 0, 1.6)
+    assert 40 < (a.abs() < 1e-6).sum() < 80 and 60 < (a > 0.8).sum() < 200, "a fifth is grey"
     v, centred = viewed(IMAGES, "light"), IMAGES - IMAGES.mean((1, 2, 3), keepdim=True)
     a = least_squares(centred, v)
     b = (v - a * IMAGES).mean((1, 2, 3), keepdim=True)
