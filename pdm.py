@@ -184,26 +184,25 @@ def random_view(x, cfg):
     inside the image or around it (repeating its edge), its side drawn within cfg.view_size; mirror;
     hue: channels change places, in half of the images also dark and bright; light: contrast,
     brightness; saturation, a fifth grey; form: pixels change places within each quarter of it."""
-    forget = cfg.forget.split(",")
     B, C, S, _ = x.shape
     def uniform(low, high, n=1):                        # n numbers for each image, [B, 1, 1, n]
         return low + (high - low) * torch.rand(B, 1, 1, n, device=x.device)
-    if "place" in forget:
+    if "place" in cfg.forget:
         grid = F.affine_grid(torch.eye(2, 3, device=x.device)[None], [1, C, S, S], False)
         side = uniform(*map(float, cfg.view_size.split(",")))
         grid = side * grid + (1 - side) * uniform(-1, 1, 2)     # where in x to look, [B, S, S, 2]
         grid = grid.clamp(1 / S - 1, 1 - 1 / S)         # beyond the last pixels: repeat them
         x = F.grid_sample(x, grid, align_corners=False)
-    if "mirror" in forget:
+    if "mirror" in cfg.forget:
         x = torch.where(uniform(-1, 1) < 0, x.flip(-1), x)
-    if "hue" in forget:
+    if "hue" in cfg.forget:
         order = torch.rand(B, C, device=x.device).argsort(1)
         x = x.take_along_dim(order[:, :, None, None], 1) * uniform(-1, 1).sign()
-    if "light" in forget:
+    if "light" in cfg.forget:
         x = x * uniform(0.6, 1.4) + uniform(-0.6, 0.6)
-    if "saturation" in forget:
+    if "saturation" in cfg.forget:
         x = torch.lerp(x.mean(1, keepdim=True), x, uniform(-0.4, 1.6).clamp(min=0))
-    if "form" in forget:
+    if "form" in cfg.forget:
         pixels = F.pixel_unshuffle(x, S // 2).unflatten(1, (C, -1))     # [B, C, in quarter, 2, 2]
         order = torch.rand(B, pixels.shape[2], device=x.device).argsort(1)
         pixels = pixels.take_along_dim(order[:, None, :, None, None], 2)
@@ -269,8 +268,9 @@ class Unconditional(nn.Module):
     def forward(self, batch, abar, cfg):
         return {"loss": noise_loss(self.denoise, batch.x0, batch.target, batch.t, batch.eps, abar)}
 
-    def param_groups(self, cfg):        # lr times factor, 0 before that fraction of steps
-        return [dict(params=[*self.parameters()], factor=1.0, start=0.0)]
+    def param_groups(self, cfg):        # a group for each part: f_phi's gradient is the largest
+        parts = [[*self.parameters(recurse=False)], *([*p.parameters()] for p in self.children())]
+        return [dict(params=part, factor=1.0, start=0.0) for part in parts if part]
 
     def begin(self, cfg, sets, folder, device):
         """Before step 0 -> dict for run.known: targets [N], labels or -1; figures (numbers)."""
@@ -637,11 +637,11 @@ def update_average(average, model, n):
         a.copy_(a.lerp(m, 1 - decay) if a.is_floating_point() else m)
 
 def safe_step(optimizer, scaler):
-    """Clip the gradient at norm 1 and update, or skip it if it is not finite -> 1.0 if skipped.
+    """Clip each group's gradient at norm 1 and update, or skip if one is not finite -> 1.0 if so.
     It stays on the device (no sync): fused AdamW reads found_inf, and skips where that is 1."""
     scaler.unscale_(optimizer)
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    bad = (~nn.utils.clip_grad_norm_(params, 1.0).isfinite()).float()
+    norms = [nn.utils.clip_grad_norm_(group["params"], 1.0) for group in optimizer.param_groups]
+    bad = (~sum(norms).isfinite()).float()
     optimizer.found_inf = bad
     scaler.step(optimizer)
     scaler.update()

@@ -337,6 +337,18 @@ def test_a_step_clips_the_gradient_and_leaves_out_one_that_is_no_number():
     scaler.scale(torch.zeros(()))
     assert pd.safe_step(optimizer, scaler) == 1 and weight.equal(before) and scaler.get_scale() == 32
 
+def test_groups_are_clipped_apart_and_left_out_together():
+    large, small, frozen = (nn.Parameter(torch.zeros(4)) for _ in range(3))
+    optimizer = torch.optim.AdamW([dict(params=[p]) for p in (large, small, frozen)], lr=0.1, fused=True)
+    large.grad, small.grad = torch.full((4,), 50.0), torch.full((4,), 0.25)           # of norms 100 and 0.5
+    assert pd.safe_step(optimizer, torch.amp.GradScaler("cpu", enabled=False)) == 0
+    assert close(optimizer.state[large]["exp_avg"], torch.full((4,), 0.05))
+    assert close(optimizer.state[small]["exp_avg"], torch.full((4,), 0.025)), "large does not make small smaller"
+    before = [p.detach().clone() for p in (large, small)]
+    large.grad, small.grad = torch.full((4,), math.inf), torch.ones(4)
+    assert pd.safe_step(optimizer, torch.amp.GradScaler("cpu", enabled=False)) == 1
+    assert before[0].equal(large) and before[1].equal(small)
+
 # ---- prototypes -------------------------------------------------------------------------------------------------
 
 def test_squared_distances_by_hand():
