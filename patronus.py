@@ -619,11 +619,11 @@ def update_average(average, model, n):
         a.copy_(a.lerp(m, 1 - decay) if a.is_floating_point() else m)
 
 def safe_step(optimizer, scaler):
-    """Clip each group's gradient at norm 1 and update, or skip if one is not finite -> 1.0 if so.
+    """Clip each group's gradient at norm 1 (choice); update, or skip if not finite -> 1.0 if so.
     It stays on the device (no sync): fused AdamW reads found_inf, and skips where that is 1."""
     scaler.unscale_(optimizer)
     norms = [nn.utils.clip_grad_norm_(group["params"], 1.0) for group in optimizer.param_groups]
-    bad = (~sum(norms).isfinite()).float()
+    bad = (~sum(norms).isfinite()).float()              # a frozen group's norm is 0, on the CPU
     optimizer.found_inf = bad
     scaler.step(optimizer)
     scaler.update()

@@ -268,7 +268,7 @@ class Unconditional(nn.Module):
     def forward(self, batch, abar, cfg):
         return {"loss": noise_loss(self.denoise, batch.x0, batch.target, batch.t, batch.eps, abar)}
 
-    def param_groups(self, cfg):        # a group for each part: f_phi's gradient is the largest
+    def param_groups(self, cfg):        # by parts, clipped apart; rate: lr * factor from start on
         parts = [[*self.parameters(recurse=False)], *([*p.parameters()] for p in self.children())]
         return [dict(params=part, factor=1.0, start=0.0) for part in parts if part]
 
@@ -326,7 +326,7 @@ class PDM(Unconditional):
         e have length 1, f_phi sees x0 and its views as one batch, and contrastive is swapped_loss.
         Training counts k. Statistics: variance_of_z, over the batch (biased), summed over D;
         usage_perplexity, exp(entropy), 1 to K; dead_prototypes, used under 1 % of the mean."""
-        with torch.autocast(x0.device.type, enabled=False):     # choice: BatchNorm would keep inf
+        with torch.autocast(x0.device.type, enabled=False):     # float32: BatchNorm would keep inf
             views = [random_view(x0, cfg), random_view(x0, cfg)] if self.two_views else []
             z, *z_views = self.normed(self.encoder(torch.cat([x0, *views]))).split(len(x0))
             e = self.normed(self.prototypes)
@@ -637,11 +637,11 @@ def update_average(average, model, n):
         a.copy_(a.lerp(m, 1 - decay) if a.is_floating_point() else m)
 
 def safe_step(optimizer, scaler):
-    """Clip each group's gradient at norm 1 and update, or skip if one is not finite -> 1.0 if so.
+    """Clip each group's gradient at norm 1 (choice); update, or skip if not finite -> 1.0 if so.
     It stays on the device (no sync): fused AdamW reads found_inf, and skips where that is 1."""
     scaler.unscale_(optimizer)
     norms = [nn.utils.clip_grad_norm_(group["params"], 1.0) for group in optimizer.param_groups]
-    bad = (~sum(norms).isfinite()).float()
+    bad = (~sum(norms).isfinite()).float()              # a frozen group's norm is 0, on the CPU
     optimizer.found_inf = bad
     scaler.step(optimizer)
     scaler.update()
