@@ -8,8 +8,8 @@ prototypes e lie in the same space. PDM needs no label and chooses the prototype
 has one for each class, and the label chooses. Losses draw z and the chosen prototype together and
 turn prototypes apart, and the denoiser attends to the chosen one before its middle block. All
 trains at once. These losses let all images choose one prototype; so by default (choice, PDM only)
-another replaces the contrastive one: two random views of an image shall choose alike, all images
-together every prototype equally often. Prototypes then mean what the views of an image share.
+another replaces the contrastive one: an image and two random views of it shall choose alike, all
+images together every prototype equally often. Prototypes then mean what views have in common.
 
     clean image x0 ──> f_phi ──> z ──> nearest of K prototypes e     contrastive + alignment loss
     two views of it ────┘                   │  (s-PDM: the label's)  (PDM: + compactness of e)
@@ -92,7 +92,7 @@ class Config:
     timesteps: int = 1000           # T, number of noise levels
     weight_decay: float = 1e-4      # weight decay of AdamW
     # training: a resumed run may change these and all below
-    steps: int = 3600               # optimiser steps
+    steps: int = 4000               # optimiser steps
     batch_size: int = 32            # images for each step, over all processes and passes
     accumulate: int = 1             # passes that split a step's images, to save memory
     lr: float = 2e-3                # peak learning rate
@@ -179,9 +179,9 @@ def compactness_loss(prototypes):
 
 def random_view(x, cfg):
     """A random variation of each image x [B, C, S, S] -> the same shape; values may leave [-1, 1].
-    Views of an image get one prototype, so prototypes hardly mean what views differ in: besides K
-    and equal use, the names in cfg.forget are all the knowledge that is put in. place: a square
-    inside the image or around it (repeating its edge), its side drawn within cfg.view_size; mirror;
+    It shall choose as the image, so prototypes hardly mean what views differ in: besides K and
+    equal use, the names in cfg.forget are all the knowledge that is put in. place: a square inside
+    the image or around it (repeating its edge), its side drawn within cfg.view_size; mirror;
     hue: channels change places, in half of the images also dark and bright; light: contrast,
     brightness; saturation, a fifth grey; form: pixels change places within each quarter of it."""
     B, C, S, _ = x.shape
@@ -220,14 +220,15 @@ def balanced_assignment(scores, rounds=3):
     return scores.exp()
 
 # exercise
-def swapped_loss(cos1, cos2):
-    """choice: each view predicts what is assigned to the other (SwAV, Caron et al. 2020, eq. 1-2):
-    mean of -sum(q2 log softmax(cos1 / 0.1)), and the same with 1 and 2 exchanged, halved. cos1,
-    cos2 [B, K]: cosines; q: this process's rows of balanced_assignment of in_all_processes(cos /
-    0.05), which puts the rows of all processes in order of RANK below one another."""
-    q1, q2 = (balanced_assignment(in_all_processes(cos / 0.05))[RANK * len(cos):][:len(cos)]
-              for cos in (cos1, cos2))
-    return (F.cross_entropy(cos1 / 0.1, q2) + F.cross_entropy(cos2 / 0.1, q1)) / 2
+def swapped_loss(cosines):
+    """choice: each view predicts what is assigned to each other one (SwAV, Caron et al. 2020).
+    cosines: of each view, [B, K]. Mean over views i != j and images of -sum(q_j log softmax(cos_i /
+    0.1)); q: this process's rows of balanced_assignment of in_all_processes(cos / 0.05), which puts
+    the rows of all processes below one another in order of RANK."""
+    q = [balanced_assignment(in_all_processes(cos / 0.05))[RANK * len(cos):][:len(cos)]
+         for cos in cosines]
+    pairs = [(cos, other) for i, cos in enumerate(cosines) for other in q[:i] + q[i + 1:]]
+    return sum(F.cross_entropy(cos / 0.1, other) for cos, other in pairs) / len(pairs)
 
 # ---- Prototypes: the conditioned denoiser --------------------------------------------------------
 
@@ -323,16 +324,16 @@ class PDM(Unconditional):
         """Choose prototypes for clean images x0 [B, C, S, S] -> k [B], losses, statistics to log.
         k = argmin_j ||z - e_j|| with z = f_phi(x0), or the label [B] if it is given. Losses:
         contrastive; alignment; without labels, compactness. With two views (never of labels) z and
-        e have length 1, f_phi sees x0 and its views as one batch, and contrastive is swapped_loss.
+        e have length 1, f_phi sees x0 and the views as one batch, all three enter swapped_loss.
         Training counts k. Statistics: variance_of_z, over the batch (biased), summed over D;
         usage_perplexity, exp(entropy), 1 to K; dead_prototypes, used under 1 % of the mean."""
         with torch.autocast(x0.device.type, enabled=False):     # float32: BatchNorm would keep inf
-            views = [random_view(x0, cfg), random_view(x0, cfg)] if self.two_views else []
-            z, *z_views = self.normed(self.encoder(torch.cat([x0, *views]))).split(len(x0))
-            e = self.normed(self.prototypes)
+            views = [x0, random_view(x0, cfg), random_view(x0, cfg)] if self.two_views else [x0]
+            z_views = self.normed(self.encoder(torch.cat(views))).split(len(x0))
+            z, e = z_views[0], self.normed(self.prototypes)
             d = distances(z, e)
             k = d.argmin(1) if label is None else label
-            losses = {"contrastive": swapped_loss(*(v @ e.T for v in z_views)) if views else
+            losses = {"contrastive": swapped_loss([v @ e.T for v in z_views]) if self.two_views else
                       contrastive_loss(d, k, cfg.tau),
                       "alignment": alignment_loss(z, e, k)}
             if label is None:

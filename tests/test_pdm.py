@@ -145,14 +145,18 @@ def test_in_the_limit_prototypes_receive_equal_shares_and_sums_with_rows_or_colu
     q = pdm.balanced_assignment(torch.tensor([[0.3, -0.2], [0.8, 0.9]]), 200)
     assert close(q, [[r / (1 + r), 1 / (1 + r)], [1 / (1 + r), r / (1 + r)]], 1e-5)
 
-def test_each_view_predicts_what_is_assigned_to_the_other():
-    cos1, cos2 = (variable((0.2 * normal(4, 3, seed=i)).tolist()) for i in (0, 1))
-    q1, q2, p1, p2 = by_hand(20 * cos1), by_hand(20 * cos2), *((10 * cos.detach()).softmax(1) for cos in (cos1, cos2))
-    expected = -sum(q2[i, k] * p1[i, k].log() + q1[i, k] * p2[i, k].log() for i in range(4) for k in range(3)) / 4 / 2
-    loss = pdm.swapped_loss(cos1, cos2)
+@pytest.mark.parametrize("n", [2, 3])
+def test_each_view_predicts_what_is_assigned_to_the_others(n):
+    cosines = [variable((0.2 * normal(4, 3, seed=i)).tolist()) for i in range(n)]
+    q, p = [by_hand(20 * cos) for cos in cosines], [(10 * cos.detach()).softmax(1) for cos in cosines]
+    expected = -sum(q[j][b, k] * p[i][b, k].log() for i in range(n) for j in range(n) if i != j
+                    for b in range(4) for k in range(3)) / 4 / (n * (n - 1))
+    loss = pdm.swapped_loss(cosines)
     loss.backward()
-    assert close(loss.detach(), expected) and close(pdm.swapped_loss(cos2, cos1).detach(), expected), "symmetric"
-    assert close(cos1.grad, (p1 - q2) / 0.1 / 4 / 2) and close(cos2.grad, (p2 - q1) / 0.1 / 4 / 2), "targets: constants"
+    assert close(loss.detach(), expected) and close(pdm.swapped_loss(cosines[::-1]).detach(), expected), "symmetric"
+    for i, cos in enumerate(cosines):
+        others = sum(q[j] for j in range(n) if j != i)
+        assert close(cos.grad, ((n - 1) * p[i] - others) / 0.1 / 4 / (n * (n - 1))), "targets: constants"
 
 def test_the_second_of_two_processes_assigns_the_images_of_both_and_learns_from_its_own(monkeypatch):
     monkeypatch.setattr(pdm, "RANK", 1)                       # the first has these cosines, shifted by a column
@@ -160,7 +164,7 @@ def test_the_second_of_two_processes_assigns_the_images_of_both_and_learns_from_
     cosines = 0.2 * normal(2, 4, 3)
     q1, q2 = (by_hand(torch.cat([cos.roll(1, 1), cos]) / 0.05)[4:] for cos in cosines)
     expected = sum(F.cross_entropy(cos.double() / 0.1, q) / 2 for cos, q in zip(cosines, (q2, q1)))
-    assert close(pdm.swapped_loss(*cosines), expected)
+    assert close(pdm.swapped_loss([*cosines]), expected)
 
 def test_pdm_chooses_the_nearest_prototype_and_s_pdm_the_labels():
     z, label = torch.tensor([[0.8, -0.8], [-0.8, -0.8], [-0.6, 0.4], [0.2, -1.0]]), torch.tensor([2, 2, 0, 1])
@@ -177,7 +181,7 @@ def test_learn_gives_the_losses_of_the_choice_with_its_sharpness():
         assert close(losses["contrastive"].detach(), F.cross_entropy(-0.3 * d, k).detach())
         assert close(losses["alignment"].detach(), (z - model.prototypes[k]).square().mean().detach())
 
-def test_with_two_views_directions_count_the_clean_image_chooses_and_the_views_are_swapped(monkeypatch):
+def test_with_two_views_directions_count_the_clean_image_chooses_and_all_three_are_swapped(monkeypatch):
     model, cfg, given = learner(torch.tensor([[9.0], [1.0], [0.1]]), views="two"), config(), []
     z, *views = x = torch.tensor([[[0.8, -0.5], [-0.1, -0.2], [-3.0, 2.0]], [[1, 0.9], [0, -1], [2, 2]],
                                   [[-1.0, 0.5], [0.3, 3.0], [-1, -4]]])
@@ -189,7 +193,7 @@ def test_with_two_views_directions_count_the_clean_image_chooses_and_the_views_a
     z, one, two = x / x.norm(dim=2, keepdim=True)
     e = torch.tensor(CORNERS) / math.sqrt(2)                  # their cosines: 0, 0 and -1
     assert k.tolist() == [1, 0, 2] and close(statistics["variance_of_z"], z.var(0, correction=0).sum())
-    expected = pdm.swapped_loss(one @ e.T, two @ e.T), (z - e[k]).square().mean(), torch.tensor(2.0)
+    expected = pdm.swapped_loss([v @ e.T for v in (z, one, two)]), (z - e[k]).square().mean(), torch.tensor(2.0)
     assert close(torch.stack([losses[name] for name in LOSSES[1:]]).detach(), torch.stack(expected))
 
 @pytest.mark.parametrize("views", ["one", "two"])
@@ -509,7 +513,7 @@ port, pdm.WORLD, pdm.RANK = 20000 + os.getpid() % 20000, 2, int(os.fork() == 0)
 os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE="2", RANK=str(pdm.RANK))
 def train(*given, real=pdm.train):
     own = conftest.normal(2, 8, 3)[:, 4 * pdm.RANK:][:, :4]
-    found = pdm.in_all_processes(own[0]), pdm.swapped_loss(*own)
+    found = pdm.in_all_processes(own[0]), pdm.swapped_loss([*own])
     torch.save(found, f"{given[2]}/cosines-{pdm.RANK}.pt"), real(*given)
 pdm.train = train
 sys.exit(pdm.main(sys.argv[1:]))"""
@@ -519,7 +523,7 @@ def test_two_processes_assign_their_images_as_one_and_the_usage_is_of_the_first(
     given, data, cosines = args(out=tmp_path / "run", supervised=True, steps=3), shapes(), normal(2, 8, 3)
     subprocess.run([sys.executable, "-c", PROGRAM, *given], cwd=ROOT / "tests", check=True, timeout=300)
     (rows, loss), (same_rows, other) = (torch.load(tmp_path / f"run/cosines-{rank}.pt") for rank in (0, 1))
-    assert rows.equal(cosines[0]) and same_rows.equal(rows) and close((loss + other) / 2, pdm.swapped_loss(*cosines))
+    assert rows.equal(cosines[0]) and same_rows.equal(rows) and close((loss + other) / 2, pdm.swapped_loss([*cosines]))
     for folder, steps, size in ((runs.spdm, 6, 8), (tmp_path / "run", 3, 4)):               # 4 of the 8 are the other's
         usage = torch.full((10,), 0.1)
         for step in range(steps):
