@@ -225,8 +225,8 @@ def swapped_loss(cosines):
     cosines: of each view, [B, K]. Mean over views i != j and images of -sum(q_j log softmax(cos_i /
     0.1)); q: this process's rows of balanced_assignment of in_all_processes(cos / 0.05), which puts
     the rows of all processes below one another in order of RANK."""
-    q = [balanced_assignment(in_all_processes(cos / 0.05))[RANK * len(cos):][:len(cos)]
-         for cos in cosines]
+    own = slice(RANK * len(cosines[0]), (RANK + 1) * len(cosines[0]))
+    q = [balanced_assignment(in_all_processes(cos / 0.05))[own] for cos in cosines]
     pairs = [(cos, other) for i, cos in enumerate(cosines) for other in q[:i] + q[i + 1:]]
     return sum(F.cross_entropy(cos / 0.1, other) for cos, other in pairs) / len(pairs)
 
@@ -352,8 +352,7 @@ class PDM(Unconditional):
         told = torch.where(batch.chance < cfg.null_prob, -1, k)
         diffusion = noise_loss(self.denoise, batch.x0, told, batch.t, batch.eps, abar)
         loss = diffusion + losses["contrastive"] + cfg.alignment * losses["alignment"]
-        if not cfg.supervised:
-            loss = loss + cfg.compactness * losses["compactness"]
+        loss = loss + cfg.compactness * losses.get("compactness", 0)    # s-PDM has none
         return {"loss": loss, "diffusion": diffusion, **losses, **statistics}
 
     def choose(self, images, device):
