@@ -2097,7 +2097,7 @@ def write_metrics(cfg, run, figures, folder):
                    classes=run.known["classes"], settings=vars(cfg), log=run.log["rows"], **figures)
     save_json(metrics, folder / "metrics.json")
     if run.log["rows"]:
-        names = [name for name in run.log["rows"][-1] if name not in ("step", "seconds")]
+        names = [n for n in run.log["rows"][-1] if n not in ("step", "seconds", "lr", "skipped")]
         draw_curves(folder / "curves.png", {folder.name: [metrics]}, names)
     for name, value in figures.items():
         print(f"  {name:40} {value:,.4g}")

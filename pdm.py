@@ -1666,7 +1666,7 @@ def write_metrics(cfg, run, figures, folder):
                    classes=run.known["classes"], settings=vars(cfg), log=run.log["rows"], **figures)
     save_json(metrics, folder / "metrics.json")
     if run.log["rows"]:
-        names = [name for name in run.log["rows"][-1] if name not in ("step", "seconds")]
+        names = [n for n in run.log["rows"][-1] if n not in ("step", "seconds", "lr", "skipped")]
         draw_curves(folder / "curves.png", {folder.name: [metrics]}, names)
     for name, value in figures.items():
         print(f"  {name:40} {value:,.4g}")
@@ -1822,7 +1822,7 @@ def measure_cost(cfg, run, sets, rounds=5):
         seconds.append(time.perf_counter() - start)
         start = time.perf_counter()
         made = SimpleNamespace(model=model, known=run.known, device=run.device)
-        generate(unguided, made, torch.zeros(50, dtype=torch.int64))
+        generate(unguided, made, torch.zeros(10, dtype=torch.int64))
         seconds.append(time.perf_counter() - start)
     rounds = np.reshape(seconds, (-1, 4))[2:]           # the first two warm up
     step, sample, plain_step, plain_sample = np.median(rounds, axis=0).tolist()
@@ -1830,7 +1830,7 @@ def measure_cost(cfg, run, sets, rounds=5):
                 prototype_bytes=net.prototypes.nbytes,
                 bank_bytes=len(sets[0].images) * net.prototypes[0].nbytes,
                 step_seconds=step, step_ratio=step / plain_step,
-                sample_seconds=sample / 50, sample_ratio=sample / plain_sample)
+                sample_seconds=sample / 10, sample_ratio=sample / plain_sample)
 
 def evaluate_pdm(cfg, run, sets, folder):
     """Samples, pictures and metrics.json of a trained run, in `folder`."""
