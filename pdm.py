@@ -80,7 +80,7 @@ class Config:
     num_prototypes: int = 10        # K; s-PDM takes the number of classes
     prototype_dim: int = 64         # D, numbers in a prototype and in a feature, even
     attend: Literal["one", "all"] = "one"       # the chosen prototype; or all, the chosen favoured
-    views: Literal["two", "one"] = "two"        # PDM: two: swapped_loss; one: the paper's
+    views: Literal["two", "one"] = "two"        # PDM: two in swapped_loss; or the paper's
     forget: str = "place,mirror,hue,light"      # what prototypes shall not mean, see random_view
     view_size: str = "0.8,1.2"      # place: least and largest side of a view, in sides of the image
     # network and process
@@ -179,7 +179,7 @@ def compactness_loss(prototypes):
 
 def random_view(x, cfg):
     """A random variation of each image x [B, C, S, S] -> the same shape; values may leave [-1, 1].
-    It shall choose as the image, so prototypes hardly mean what views differ in: besides K and
+    A view shall choose as its image, so prototypes hardly mean what views differ in: besides K and
     equal use, the names in cfg.forget are all the knowledge that is put in. place: a square inside
     the image or around it (repeating its edge), its side drawn within cfg.view_size; mirror;
     hue: channels change places, in half of the images also dark and bright; light: contrast,
@@ -221,7 +221,7 @@ def balanced_assignment(scores, rounds=3):
 
 # exercise
 def swapped_loss(cosines):
-    """choice: each view predicts what is assigned to each other one (SwAV, Caron et al. 2020).
+    """choice: each view predicts what others are assigned (SwAV, Caron et al. 2020, eq. 1-2).
     cosines: of each view, [B, K]. Mean over views i != j and images of -sum(q_j log softmax(cos_i /
     0.1)); q: this process's rows of balanced_assignment of in_all_processes(cos / 0.05), which puts
     the rows of all processes below one another in order of RANK."""
