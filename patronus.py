@@ -4,20 +4,22 @@ Paper: Weng et al., "Patronus: Interpretable Diffusion Models with Prototypes", 
 
 The idea. A small encoder turns the clean image into a map of patch features z. For each of m
 prototypes p, the patch closest to p gives one activation s_j: the closer, the larger. The denoiser
-is conditioned on s alone; encoder, prototypes and denoiser learn together, from the noise loss,
-without labels. So s is all the model is given of x0 beside xt: one looks at it (what, where, when)
-and changes it (edit, interpolate). If changing one trait changes another, the model tied them.
+is conditioned on s alone; encoder, prototypes and denoiser learn together, without labels. So s is
+all the model is given of x0 beside xt: one looks at it (what, where, when) and changes it (edit,
+interpolate). If changing one trait changes another, the model tied them. Two things are ours: some
+prototypes see the whole image, and an MLP draws a sketch from s, beside which xt is denoised.
 
-    clean image x0 ──> encoder ──> patches z ──> for each p: least ||z - p||^2 over z ──────> s [m]
-                                                                                              │
-             noise level t ──> sinusoids ──> MLP ──────────────────────── (+) <── MLP <───────┘
-                                                                           │
-             noisy image xt ───────────> every residual block of a U-Net <─┘ ──> predicted noise
+    clean image x0 ──> encoder ──> patches z ──> for each p: least ||z - p||^2 over z ─────> s [m]
+                                                                                             │
+             noise level t ──> sinusoids ──> MLP ─────────────────────── (+) <── MLP <───────┤
+                                                                          │                  │
+        noisy image xt ──────> every residual block of a U-Net <──────────┘ ──> noise        │
+     beside the sketch <── MLP <─────────────────────────────────────────────────────────────┘
 
 To make new images, a second diffusion model draws s.
 
     python patronus.py                              # shapes: train, explain, measure
-    python patronus.py --bias 0.95                  # plants a correlation: the diagnosis finds it
+    python patronus.py --bias 0.95 --sketch 0   # plants a correlation, to be found
     python patronus.py --edit image.png --model runs/NAME --set 12=2.5      # s_12 becomes 2.5
 
 Comments marked "choice:" say where the paper is silent or we differ; "# exercise" marks functions
@@ -70,16 +72,18 @@ class Config:
     """Every setting is a flag; its comment is its help."""
     dataset: Literal["shapes", "folder", "fashion-mnist", "cifar10", "celeba"] = "shapes"  # images
     data_dir: str = "data"          # where data lie or are downloaded to; the folder of images
-    image_size: int = 32            # side of the images, pixels
+    image_size: int = 16            # side of the images, pixels
     bias: float = 0.5               # shapes: P(dot just if the hue is warm); 0.5: independent
     # prototypes
-    num_prototypes: int = 64        # m, number of prototypes
+    num_prototypes: int = 96        # m, number of prototypes
+    global_prototypes: float = 0.33 # share of prototypes of whole images, not patches; paper: 0
+    patch: int = 5                  # side of a patch, pixels: as large as the pattern, here a dot
     prototype_dim: int = 32         # D, numbers in a prototype and in a patch's feature
     start: Literal["features", "uniform"] = "features"  # of prototypes: real patches, or 0..1
-    encoder_lr: float = 0.3         # learning rate of encoder and prototypes, as a factor of --lr
+    sketch: float = 1.0             # weight of the loss of the sketch drawn from s; paper: 0, none
     distinctness: float = 0.0       # weight of the penalty on prototypes that point the same way
-    decorrelation: float = 0.0      # weight of the penalty on activations that are correlated
-    hide: float = 0.5               # probability of dropping each activation in training; paper: 0
+    decorrelation: float = 0.02     # weight of the penalty on activations that are correlated
+    hide: float = 0.05              # probability of dropping each activation in training; paper: 0
     emphasis: float = 0.3           # the loss at level t weighs abar_t ** -emphasis; paper: 0
     # network and process
     channels: int = 32              # channels of the U-Net's first level, a multiple of 4
@@ -92,7 +96,7 @@ class Config:
     latent_timesteps: int = 100     # noise levels of the latent model
     weight_decay: float = 1e-4      # weight decay of AdamW
     # training: a resumed run may change these and all below
-    steps: int = 3000               # optimiser steps
+    steps: int = 5000               # optimiser steps
     batch_size: int = 32            # images for each step, over all processes and passes
     accumulate: int = 1             # passes that split a step's images, to save memory
     lr: float = 2e-3                # peak learning rate
@@ -118,13 +122,13 @@ class Config:
     judge_width: int = 16           # channels of its first layers; 64: ResNet-18
     inception: str = "off"          # weights for FID, IS and KID: a file, or download
 
-    # The paper's m, D, and attention in the middle only. choice (the paper's in brackets): DDPM's
-    # U-Net (64 x 1,2,4,4), 100,000 steps of 256 images at 5e-4 (300 epochs of 128 at 1e-5).
+    # The paper's m, D, patch; attention in the middle only. choice (the paper's): DDPM's U-Net
+    # (64 x 1,2,4,4), 100,000 steps of 256 images at 5e-4 (300 epochs of 128 at 1e-5).
     PHOTOGRAPHS = dict(
-        mirror=True, num_prototypes=100, prototype_dim=128, channels=128, multipliers="1,2,2,2",
-        blocks=2, dropout=0.1, steps=100_000, batch_size=256, lr=5e-4, save_every=1000,
-        latent_width=1024, latent_steps=40_000, num_samples=10_000, sampler="dpmpp",
-        judge_steps=8000, judge_width=64, inception="download")
+        image_size=32, patch=15, mirror=True, num_prototypes=100, prototype_dim=128, channels=128,
+        multipliers="1,2,2,2", blocks=2, dropout=0.1, steps=100_000, batch_size=256, lr=5e-4,
+        save_every=1000, latent_width=1024, latent_steps=40_000, num_samples=10_000,
+        sampler="dpmpp", judge_steps=8000, judge_width=64, inception="download")
     PRESETS = {
         "shapes": {}, "cifar10": PHOTOGRAPHS, "folder": PHOTOGRAPHS,
         "fashion-mnist": {**PHOTOGRAPHS, "mirror": False, "num_prototypes": 30},
@@ -139,26 +143,37 @@ class Config:
 
 # ---- Prototypes: the encoder, the activations, the conditioned denoiser --------------------------
 
-def patch_encoder(channels, side, dim):
+def patch_encoder(channels, side, dim, patch):
     """Images [B, channels, side, side] in [-1, 1] -> features z [B, dim, h, h], one for each patch.
-    The paper's encoder, weights N(0, 0.1): four 3x3 layers, one of stride 2: 15x15 pixels. From 128
-    pixels on, five 5x5 layers: kernel and strides are the paper's, the widths a choice."""
-    widths, kernel, strides = (32, 64, 64, dim), 3, (2, 1, 1, 1)
+    The paper's: four 3x3 layers, one of stride 2, see 15x15 pixels; from 128 pixels on, five 5x5
+    layers see 61x61 (their widths are a choice). Weights N(0, 0.1). choice: no padding, so that all
+    patches lie inside; a --patch of another size is seen by the first layer, the rest are 1x1."""
+    widths, strides, kernels = (32, 64, 64, dim), (2, 1, 1, 1), (3, 3, 3, 3)
     if side >= 128:
-        widths, kernel, strides = (32, 64, 64, 128, dim), 5, (2, 2, 1, 1, 1)
+        widths, strides, kernels = (32, 64, 64, 128, dim), (2, 2, 1, 1, 1), (5, 5, 5, 5, 5)
+    if patch != (61 if side >= 128 else 15):
+        kernels = (patch, 1, 1, 1, 1)
     layers = []
-    for width, stride in zip(widths, strides):
-        padding = 0 if layers else kernel // 2
-        layers += [nn.Conv2d(channels, width, kernel, stride, padding), nn.ReLU()]
+    for width, kernel, stride in zip(widths, kernels, strides):
+        layers += [nn.Conv2d(channels, width, kernel, stride), nn.ReLU()]
         nn.init.normal_(layers[-2].weight, 0, 0.1)
         channels = width
     return nn.Sequential(*layers)
 
+def image_encoder(dim, side):
+    """Features of patches [B, dim, side, side] -> of the whole image [B, dim, 1, 1]. choice: the
+    paper has none, but size and place are no pattern of a patch."""
+    layers = []
+    while side > 4:
+        layers += [nn.Conv2d(dim, dim, 3, 2, padding=1), nn.ReLU()]
+        side = (side + 1) // 2
+    return nn.Sequential(*layers, nn.Conv2d(dim, dim, side), nn.ReLU())
+
 # exercise
 def receptive_field(encoder):
     """start, size, step: feature i of a row sees `size` pixels, the first of them start + i * step.
-    The three follow from kernel, stride and padding of the convolutions, first to last. A start
-    below 0 lies in the padding. For images of 32 pixels they are (-1, 15, 2)."""
+    The three follow from kernel, stride and padding of the convolutions, first to last. A
+    start below 0 lies in the padding. For a --patch of 15 pixels they are (0, 15, 2)."""
     start = 0
     size = 1
     step = 1
@@ -194,12 +209,6 @@ def distinctness_loss(prototypes):
     apart = 1 - (p @ p.T).abs() + 2 * torch.eye(len(p), device=p.device)    # 2 excludes itself
     return (0.2 - apart.amin(1)).clamp(min=0).mean()
 
-def correlation(s):
-    """Pearson correlations of the columns of s [N, m] -> [m, m]; 0 where a column does not vary."""
-    s = s - s.mean(0)
-    s = s / s.square().sum(0).clamp(min=1e-12).sqrt()   # the gradient of a root at 0 is infinite
-    return s.T @ s
-
 def decorrelation_loss(s):
     """Mean squared correlation of different activations, s [B, m]. choice: the paper has none."""
     r = correlation(s.float())
@@ -219,77 +228,96 @@ class Patronus(nn.Module):
         super().__init__()
         m = cfg.num_prototypes
         E = unet.emb_dim
+        D = cfg.prototype_dim
         self.unet = unet
-        self.encoder = patch_encoder(channels, cfg.image_size, cfg.prototype_dim)
-        self.prototypes = nn.Parameter(torch.rand(m, cfg.prototype_dim))    # as in ProtoPNet
+        self.encoder = patch_encoder(channels, cfg.image_size, D, cfg.patch)
+        _, size, step = receptive_field(self.encoder)
+        self.whole = image_encoder(D, (cfg.image_size - size) // step + 1)
+        self.prototypes = nn.Parameter(torch.rand(m, D))    # as in ProtoPNet
+        self.local = m - round(cfg.global_prototypes * m)   # prototypes below see patches
         self.mlp = nn.Sequential(nn.Linear(m, E), nn.SiLU(), nn.Linear(E, E))
+        self.sketch = None
+        if cfg.sketch > 0:                              # then the U-Net reads xt and the sketch
+            self.sketch = nn.Sequential(
+                nn.Linear(m, 256), nn.SiLU(), nn.Linear(256, 256), nn.SiLU(),
+                nn.Linear(256, channels * 16 * 16), nn.Unflatten(1, (channels, 16, 16)),
+                nn.Upsample((cfg.image_size, cfg.image_size), mode="bilinear"))
+            unet.down[0][0] = nn.Conv2d(2 * channels, cfg.channels, 3, padding=1)
         self.register_buffer("mean", torch.zeros(m))
         self.register_buffer("std", torch.ones(m))
         self.latent = LatentModel(cfg).requires_grad_(False)
 
     def maps(self, x0):
-        """The activation of every prototype at every patch, [B, m, h, w]: "where"."""
-        return activation(patch_distances(self.encoder(x0), self.prototypes))
+        """The activation of every prototype at every patch, [B, m, h, w]: "where". Those of whole
+        images have one activation, which stands at every patch."""
+        z = self.encoder(x0)
+        d = patch_distances(z, self.prototypes[:self.local])
+        whole = patch_distances(self.whole(z), self.prototypes[self.local:])    # [B, m', 1, 1]
+        return activation(torch.cat([d, whole.expand(-1, -1, *z.shape[2:])], 1))
 
     def encode(self, x0):
         """s [B, m]: the largest activation over patches, which is that of the least distance."""
         return self.maps(x0).amax((2, 3))
 
-    def denoise(self, xt, t, s, hide=0.0):
-        """xt [B, C, H, W], t [B] in 0..T-1, s [B, m] -> the predicted noise, [B, C, H, W].
-        hide: probability that a standardised activation is set to 0, its mean; the rest grow by
-        1/(1 - hide). choice: prototypes vary together; given all, the denoiser may ignore some."""
-        condition = F.dropout((s - self.mean) / self.std, hide)
-        return self.unet(xt, t, self.mlp(condition))
+    def draw(self, s):
+        """The sketch: what an MLP draws from s [B, m] alone, in 16x16 pixels -> [B, C, H, W].
+        choice: the paper adds an MLP of s to the embedding of t, the same for every pixel. Told so,
+        the denoiser keeps colours, and neither place nor form. A sketch says what is where; and its
+        loss teaches s what the noise loss hardly asks for, since xt shows it at most levels."""
+        return self.sketch((s - self.mean) / self.std)
+
+    def denoise(self, xt, t, s):
+        """xt [B, C, H, W], t [B] in 0..T-1, s [B, m] -> the predicted noise, [B, C, H, W]."""
+        if self.sketch:
+            xt = torch.cat([xt, self.draw(s)], 1)
+        return self.unet(xt, t, self.mlp((s - self.mean) / self.std))
 
     def forward(self, batch, abar, cfg):
-        """Losses of a Batch, as a dict: they train encoder, prototypes and denoiser together."""
+        """Losses of a Batch, as a dict: they train encoder, prototypes and denoiser together.
+        choice: an activation is hidden with probability cfg.hide (it takes its mean, the others' go
+        further by 1/(1 - hide)). Prototypes vary together; given all, the denoiser ignores some."""
         s = self.encode(batch.x0)
+        told = self.mean + F.dropout(s - self.mean, cfg.hide)
         xt = add_noise(batch.x0, batch.t, batch.eps, abar)
-        predicted = self.denoise(xt, batch.t, s, cfg.hide)
+        predicted = self.denoise(xt, batch.t, told)
         with torch.autocast(s.device.type, enabled=False):
             errors = (predicted.float() - batch.eps).square().mean((1, 2, 3))     # [B]
             weighted = errors * level_weights(abar, cfg.emphasis)[batch.t]
-            distinctness = distinctness_loss(self.prototypes)
-            decorrelation = decorrelation_loss(s)
-        penalties = cfg.distinctness * distinctness + cfg.decorrelation * decorrelation
-        return dict(loss=weighted.mean() + penalties, diffusion=errors.mean(),
-                    distinctness=distinctness, decorrelation=decorrelation,
+            penalties = dict(distinctness=distinctness_loss(self.prototypes),
+                             decorrelation=decorrelation_loss(s))
+            if self.sketch:
+                penalties["sketch"] = F.mse_loss(self.draw(told).float(), batch.x0)
+        total = sum(getattr(cfg, name) * value for name, value in penalties.items())
+        return dict(loss=weighted.mean() + total, diffusion=errors.mean(), **penalties,
                     spread_of_s=s.std(0, correction=0).mean())
 
     def param_groups(self, cfg):
         """For `train`: lr is factor * cfg.lr, but 0 before the fraction `start` of the steps."""
-        slow = [*self.encoder.parameters(), self.prototypes]
-        network = [*self.unet.parameters(), *self.mlp.parameters()]
-        return [dict(params=slow, factor=cfg.encoder_lr, start=0.0),
+        encoder = [*self.encoder.parameters(), *self.whole.parameters(), self.prototypes]
+        parts = (self.unet, self.mlp, self.sketch)
+        network = [p for part in parts if part for p in part.parameters()]
+        return [dict(params=encoder, factor=1.0, start=0.0),
                 dict(params=network, factor=1.0, start=0.0)]
 
     @torch.no_grad()
     def begin(self, cfg, sets, folder, device):
         """Start encoder and prototypes from real images -> what the run must remember, as a dict.
-        choice: scale each convolution to output std 1 and the features to total variance 1, then
-        take patches by k-means++ as prototypes; set mean, std of s. With the paper's start, squared
-        distances are in the thousands, where `activation` is flat and near 0."""
+        choice: give every channel of the encoder mean 0 and std 1, and the features total variance
+        1, then take real ones by k-means++ as prototypes; set mean, std of s. With the paper's
+        start, squared distances are in the thousands, where `activation` is flat and near 0."""
         images = sets[0].images                         # of the training set
         known = dict(targets=torch.zeros(len(images), dtype=torch.int64), figures={})   # train asks
         if cfg.start == "uniform":
             return known
         index = random_index(len(images), min(500, len(images)), cfg.seed, "start")
         x0 = scaled(images, index, device)
-        z = x0
-        for layer in self.to(device).encoder:           # z: [N, D, h, w]
-            z = layer(z)
-            if isinstance(layer, nn.Conv2d):
-                spread = z.std()
-                for parameter in layer.parameters():
-                    parameter /= spread
-                z = z / spread
-        scale = z.transpose(0, 1).flatten(1).var(1).sum().rsqrt()
-        for parameter in self.encoder[-2].parameters():     # before the last ReLU
-            parameter *= scale
-        patches = (z * scale).permute(0, 2, 3, 1).flatten(0, 2)             # [N h w, D]
+        z = standardise(self.to(device).encoder, x0)
+        patches = z.permute(0, 2, 3, 1).flatten(0, 2)                       # [N h w, D]
         some = patches[shuffled(len(patches), 5000, cfg.seed, "patches").to(device)]
-        self.prototypes.copy_(spread_points(some.cpu(), cfg.num_prototypes, cfg.seed))
+        whole = standardise(self.whole, z).flatten(1)                       # [N, D]
+        local, rest = self.prototypes.tensor_split([self.local])
+        local.copy_(spread_points(some.cpu(), len(local), cfg.seed))
+        rest.copy_(spread_points(whole.cpu(), len(rest), cfg.seed))
         s = self.encode(x0)
         self.mean.copy_(s.mean(0))
         self.std.copy_(s.std(0).clamp(min=1e-3))
@@ -715,11 +743,17 @@ def predictor(cfg, run, s, denoise=None):
             return (denoise or run.model.denoise)(x, t, s).float()
     return predict
 
-def render(cfg, run, s, xT=None, denoise=None):
+def levels_below(cfg, level=None):
+    """abar of the noise levels t < level (of all, without one), and steps of inversion for them."""
+    abar = alpha_bars(cfg.timesteps)[:level]
+    return abar, math.ceil(cfg.invert_steps * len(abar) / cfg.timesteps)
+
+def render(cfg, run, s, xT=None, denoise=None, level=None):
     """Activations s [N, m] -> images uint8 [N, C, H, W]. Without xT: from random noise of cfg.seed,
-    by cfg.sampler. With inverted noise xT [N, C, H, W]: by ddim in cfg.invert_steps, not clipped.
-    denoise(x, t, s) replaces the model's. Raises Stop if the images are not finite."""
-    abar = alpha_bars(cfg.timesteps)
+    by cfg.sampler. With inverted noise xT [N, C, H, W], which may be of a `level`: by ddim in
+    cfg.invert_steps, not clipped. denoise(x, t, s) replaces the model's. Raises Stop if the images
+    are not finite."""
+    abar, steps = levels_below(cfg, level)
     gen = torch.Generator(run.device)
     images = []
     for i, part in enumerate(s.to(run.device).split(cfg.sample_batch)):
@@ -730,20 +764,21 @@ def render(cfg, run, s, xT=None, denoise=None):
             x = sample(predict, x, abar, cfg.sample_steps, cfg.sampler, generator=gen)
         else:
             x = xT.split(cfg.sample_batch)[i].to(run.device)
-            x = sample(predict, x, abar, cfg.invert_steps, "ddim", clip=False)
+            x = sample(predict, x, abar, steps, "ddim", clip=False)
         check(x.isfinite().all(), "images are no numbers: use --amp off, or train at a lower --lr")
         images.append(to_uint8(x))
     return torch.cat(images)
 
-def invert_images(cfg, run, images):
-    """Images -> their s [N, m], and the noise xT [N, C, H, W] that leads back to them."""
+def invert_images(cfg, run, images, level=None):
+    """Images -> their s [N, m], and the noise xT [N, C, H, W] that leads back to them; given a
+    level, the image with the noise of that level alone."""
     s = activations(run, images)
-    abar = alpha_bars(cfg.timesteps)
+    abar, steps = levels_below(cfg, level)
     noise = []
     for part in torch.arange(len(images)).split(cfg.sample_batch):
         predict = predictor(cfg, run, s[part].to(run.device))
         x0 = scaled(images, part, run.device)
-        noise.append(invert(predict, x0, abar, cfg.invert_steps).cpu())
+        noise.append(invert(predict, x0, abar, steps).cpu())
     return s, torch.cat(noise)
 
 def reconstruct(cfg, run, images):
@@ -802,19 +837,6 @@ def raise_prototypes(cfg, run, images, chosen, s_all, follow=True):
     again = activations(run, edited)
     return edited.unflatten(0, (len(rows), -1)), again.unflatten(0, (len(rows), -1))
 
-def responses(again, chosen):
-    """Does s_j grow when j is raised? bool [k, n]; again: the s of raise_prototypes."""
-    return torch.stack([part[:, j] > again[0, :, j] for part, j in zip(again[1:], chosen)])
-
-def best_patches(run, images, chosen):
-    """Upper left corner (row, column) of image i's best patch for prototype chosen[i] -> [N, 2].
-    chosen: one prototype for each image, [N]. A corner at -1 lies in the padding."""
-    maps = features_of(run.model.maps, images, run.device)
-    maps = maps[torch.arange(len(images)), chosen]                          # [N, h, w]
-    best = maps.flatten(1).argmax(1)
-    start, _, step = receptive_field(run.model.encoder)
-    return start + step * torch.stack([best // maps.shape[-1], best % maps.shape[-1]], 1)
-
 def emergence(cfg, run, s, steps=50):
     """When: the x0 predicted at each ddim step from random noise, given s [N, m] -> noise levels t
     [steps], images [steps, N, C, H, W]."""
@@ -831,11 +853,6 @@ def emergence(cfg, run, s, steps=50):
     cfg = dataclasses.replace(cfg, sampler="ddim", sample_steps=steps, sample_batch=len(s))
     render(cfg, run, s, denoise=record)                 # one batch: record runs once a step
     return times, torch.stack(predicted)
-
-def emerged_at(course, share=0.9):
-    """course [steps, m] of s -> [m]: the step from which s_j stays >= share of its end (choice)."""
-    below = course < share * course[-1]
-    return (torch.arange(1, len(course) + 1)[:, None] * below).amax(0)      # 1 + the last below
 
 def switch(cfg, run, s_a, s_b, at):
     """Images from random noise, given s_a [N, m] while t >= at, and s_b below."""
@@ -1244,10 +1261,18 @@ def traits(data):
     """What is known of images: attributes, else the first 40 classes -> bool [N, A], A names."""
     if data.attributes is not None:
         return data.attributes, list(data.attribute_names)
+    return class_columns(data)[:, :40], (data.classes if len(data.classes) > 1 else [])[:40]
+
+def class_columns(data):
+    """Which class images are of: bool [N, C]; C is 0 if there are fewer than two."""
     if len(data.classes) < 2:
-        return torch.zeros(len(data.images), 0, dtype=torch.bool), []
-    names = data.classes[:40]
-    return data.labels[:, None] == torch.arange(len(names)), names
+        return torch.zeros(len(data.images), 0, dtype=torch.bool)
+    return data.labels[:, None] == torch.arange(len(data.classes))
+
+def judged(data):
+    """What the judge learns of images, bool [N, A + C], the traits and the classes; A names."""
+    known, names = traits(data)
+    return torch.cat([known, class_columns(data)], 1), names
 
 def watched_traits(cfg, data):
     """Columns of --attribute and --watch in traits(data), or else of the first and last trait that
@@ -1321,10 +1346,10 @@ def load_trait_judge(cfg, data, device):
     For shapes these are others, without bias; else the training set `data`. Returns features, the
     last layer, and the moments of its features of these images."""
     real = load_dataset("shapes", "judge", cfg.image_size) if cfg.dataset == "shapes" else data
-    known, names = traits(real)
+    known, names = judged(real)
     torch.manual_seed(seed_of("judge"))
     features = resnet(*real.images.shape[1:3], cfg.judge_width)
-    net = nn.Sequential(features, nn.Linear(8 * cfg.judge_width, len(names))).to(device)
+    net = nn.Sequential(features, nn.Linear(8 * cfg.judge_width, known.shape[1])).to(device)
 
     def make(old):
         loss = F.binary_cross_entropy_with_logits
@@ -1339,7 +1364,7 @@ def load_trait_judge(cfg, data, device):
 
 @torch.no_grad()
 def judge_traits(judge, images, device):
-    """uint8 images -> P of each trait [N, A], and their Frechet distance to the judge's images.
+    """uint8 images -> P of all `judged` [N, A + C], and their Frechet distance to the judge's.
     It lies in the features of this one classifier: not FID, and compares only under the same
     judge."""
     z = features_of(judge.features, images, device)
@@ -1510,6 +1535,23 @@ def disentanglement(s, known):
     return sum(gaps), len(gaps)
 
 @torch.no_grad()
+def standardise(layers, x):
+    """Scale and shift the weights so that on x [N, C, H, W] every channel of every convolution has
+    mean 0 and std 1, and the features total variance 1 -> these features."""
+    for layer in layers:
+        x = layer(x)
+        if isinstance(layer, nn.Conv2d):
+            std, mean = torch.std_mean(x, (0, 2, 3))
+            std = std.clamp(min=1e-6)
+            layer.weight /= std[:, None, None, None]
+            layer.bias.sub_(mean).div_(std)
+            x = (x - mean[:, None, None]) / std[:, None, None]
+    scale = x.transpose(0, 1).flatten(1).var(1).sum().rsqrt()
+    for parameter in layers[-2].parameters():           # before the last ReLU
+        parameter *= scale
+    return x * scale
+
+@torch.no_grad()
 def spread_points(z, n, seed):
     """k-means++ (Arthur & Vassilvitskii 2007): n of the points z [N, D], far apart -> [n, D].
     The next one is drawn with probability proportional to its squared distance to the nearest
@@ -1520,7 +1562,11 @@ def spread_points(z, n, seed):
     while len(chosen) < n:
         chosen.append(torch.multinomial(nearest + 1e-12, 1, generator=gen)[0])
         nearest = torch.minimum(nearest, (z - z[chosen[-1]]).square().sum(1))
-    return z[torch.stack(chosen)]
+    return z[torch.stack(chosen)][:n]
+
+def responses(again, chosen):
+    """Does s_j grow when j is raised? bool [k, n]; again: the s of raise_prototypes."""
+    return torch.stack([part[:, j] > again[0, :, j] for part, j in zip(again[1:], chosen)])
 
 def raised_share(cfg, run, s_all, images, follow):
     """Share of at least cfg.pairs pairs, a live prototype and an image, that respond to raising."""
@@ -1528,6 +1574,12 @@ def raised_share(cfg, run, s_all, images, follow):
     n = math.ceil(cfg.pairs / len(live))
     _, again = raise_prototypes(cfg, run, images[:n], live, s_all, follow)
     return responses(again, live).float().mean().item()
+
+def correlation(s):
+    """Pearson correlations of the columns of s [N, m] -> [m, m]; 0 where a column does not vary."""
+    s = s - s.mean(0)
+    s = s / s.square().sum(0).clamp(min=1e-12).sqrt()   # the gradient of a root at 0 is infinite
+    return s.T @ s
 
 def prototype_state(s):
     """Which prototypes are live, and which dead, by s [N, m] of held-out images -> bool [m] both.
@@ -1541,6 +1593,17 @@ def prototype_state(s):
     for j in range(len(live)):
         live[j] &= ~(alike[j, :j] & live[:j]).any()
     return live, dead
+
+def diverse(s, n):
+    """Up to n live prototypes that tell different things, by s [N, m] of held-out images: the one
+    that varies most, then each time the one whose largest correlation with these is least."""
+    live, _ = prototype_state(s)
+    alike = correlation(s).abs()
+    chosen = [torch.where(live, s.std(0), -1).argmax().item()]
+    while len(chosen) < min(n, live.sum()):
+        nearest = alike[chosen].amax(0).index_fill(0, torch.tensor(chosen), 2)
+        chosen.append(torch.where(live, nearest, 2).argmin().item())
+    return chosen
 
 # ---- Pictures ------------------------------------------------------------------------------------
 
@@ -1586,11 +1649,23 @@ def draw_curves(path, groups, names):
             clock.set_xlabel("seconds, with all before training")
         fig.legend(*clock.get_legend_handles_labels(), loc="outside upper center")
 
+def best_patches(run, images, chosen):
+    """Upper left corner (row, column) of image i's best patch for prototype chosen[i] -> [N, 2].
+    chosen: one prototype for each image, [N]; one of whole images gives the first patch."""
+    maps = features_of(run.model.maps, images, run.device)
+    maps = maps[torch.arange(len(images)), chosen]                          # [N, h, w]
+    best = maps.flatten(1).argmax(1)
+    start, _, step = receptive_field(run.model.encoder)
+    return start + step * torch.stack([best // maps.shape[-1], best % maps.shape[-1]], 1)
+
 def framed(run, images, chosen):
     """RGB images, with a frame just outside the patch of image i that activates chosen[i] most."""
     size = receptive_field(run.model.encoder)[1]
     corners = best_patches(run, images, chosen).flip(1)                     # x, y
-    boxes = torch.cat([corners - 1, corners + size], 1).clamp(0, images.shape[-1] - 1)
+    boxes = torch.cat([corners - 1, corners + size], 1)
+    whole = torch.tensor(chosen) >= run.model.local
+    boxes[whole] = torch.tensor([0, 0, *images.shape[-2:]])
+    boxes = boxes.clamp(0, images.shape[-1] - 1)
     width = max(1, images.shape[-1] // 32)
     draw = torchvision.utils.draw_bounding_boxes
     return torch.stack([draw(image, box[None], colors="red", width=width)
@@ -1602,8 +1677,8 @@ def heat_maps(run, images, maps):
     first = start + (size - step) // 2
     last = images.shape[-1] - first - step * maps.shape[-1]
     heat = maps.repeat_interleave(step, 1).repeat_interleave(step, 2)
-    heat = F.pad(heat, (first, last, first, last))[:, None].expand_as(images)
-    return (255 * heat).to(torch.uint8)
+    heat = F.pad(heat[:, None], (first, last, first, last), mode="replicate")
+    return (255 * heat).to(torch.uint8).expand_as(images)
 
 def draw_when(path, times, course, order, emerged, curves):
     """when.png: s_j of the predicted image in the order of emerging; and the switch.
@@ -1926,8 +2001,7 @@ def explain(cfg, run, sets, folder):
     """The abilities of the paper as pictures in `folder`, on held-out images."""
     images = sets[1].images
     s_all = activations(run, images)
-    live, _ = prototype_state(s_all)
-    chosen = torch.where(live, s_all.std(0), -1).topk(min(8, live.sum())).indices.tolist()
+    chosen = diverse(s_all, 8)
     names = [f"no. {j}" for j in chosen]
     some = images[shuffled(len(images), 64, cfg.seed, "pictures")]
     few = some[:8]
@@ -1936,7 +2010,12 @@ def explain(cfg, run, sets, folder):
         draw_grid(folder / f"{name}.png", torch.cat(rows), row_names, title, columns)
     draw("reconstruction", [few, reconstruct(cfg, run, few)], ["real", "reconstruction"],
          "Reconstruction: from the activations s and inverted noise")
-    draw("variations", [few, *vary(cfg, run, few, 8).split(8)], ["real", *["same s"] * 8],
+    drawn = []                                          # the paper's model has no sketch
+    if run.model.sketch:
+        sketch = features_of(lambda x: run.model.draw(run.model.encode(x)), few, run.device)
+        drawn = [to_uint8(sketch)]
+    draw("variations", [few, *drawn, *vary(cfg, run, few, 8).split(8)],
+         ["real", *["sketch"] * len(drawn), *["same s"] * 8],
          "Variations: the same s, other noise. What stays is what s knows")
     draw("interpolation", [interpolate(cfg, run, pair) for pair in few.split(2)], [""] * 4,
          "Interpolation: from one image to another, linear in s, spherical in the noise")
@@ -1957,10 +2036,17 @@ def explain(cfg, run, sets, folder):
     counts = [f"no. {j}: {n}/8" for j, n in zip(chosen, responses(again, chosen).sum(1).tolist())]
     draw("consistency", [*raised], ["unedited", *counts], "Consistency: does raising a prototype "
          "do the same to every image? (in how many s_j, encoded again, is larger)")
-    maps = features_of(run.model.maps, few, run.device) / top[:, None, None]
+    maps = features_of(run.model.maps, few, run.device)
+    low = maps.amin((0, 2, 3))[:, None, None]
+    maps = (maps - low) / (top[:, None, None] - low)
     draw("where", [few, *(heat_maps(run, few, maps[:, j]) for j in chosen)], ["real", *names],
-         "Where: the activation by each patch, black 0, white the largest on real images")
+         "Where: the activation by each patch, from the least here (black) to the largest (white)")
     explain_when(cfg, run, sets, some, folder)
+
+def emerged_at(course, share=0.9):
+    """course [steps, m] of s -> [m]: the step from which s_j stays >= share of its end (choice)."""
+    below = course < share * course[-1]
+    return (torch.arange(1, len(course) + 1)[:, None] * below).amax(0)      # 1 + the last below
 
 def explain_when(cfg, run, sets, images, folder):
     """When prototypes emerge: denoising.png, when.png and explanation.json."""
@@ -1994,7 +2080,7 @@ def switch_curves(cfg, run, sets, pairs=100):
     shares = []
     for t in at:
         P, _ = judge_traits(judge, switch(cfg, run, s[a], s[b], t), run.device)
-        right = ((P > 0.5) == known[b]) & differ
+        right = ((P[:, :len(names)] > 0.5) == known[b]) & differ
         shares.append(right.sum(0) / differ.sum(0))
     return {name: (at, share) for name, share in zip(names[:10], torch.stack(shares).T.tolist())}
 
@@ -2003,15 +2089,20 @@ def named(word, names, values):
     return {f"{word}_{name}".replace(" ", "_"): x for name, x in zip(names, values.tolist())}
 
 def kept_traits(judge, images, known, names, device):
-    """Figures of images that should have traits known [N, A]: how often they do, and Frechet."""
+    """Figures of images that should be as known [N, A + C]: how often they are, and Frechet."""
     P, frechet = judge_traits(judge, images, device)
-    return dict(frechet=frechet, **named("kept", names, ((P > 0.5) == known).float().mean(0)))
+    A = len(names)
+    figures = dict(frechet=frechet, **named("kept", names, ((P > 0.5) == known).float().mean(0)))
+    if P.shape[1] > A:
+        right = P[:, A:].argmax(1) == known[:, A:].int().argmax(1)
+        figures["kept_class"] = right.float().mean().item()
+    return figures
 
 def measure_traits(cfg, run, sets, folder=None):
     """Images told s of held-out ones, and the diagnosis (to `folder`) -> figures, the images.
     Without traits there are no figures."""
     data = sets[1]
-    known, names = traits(data)
+    known, names = judged(data)
     index = shuffled(len(data.images), cfg.num_samples, cfg.seed, "held-out images")
     told = vary(cfg, run, data.images[index], 1)
     if not names:
@@ -2051,7 +2142,7 @@ def evaluate_patronus(cfg, run, sets, folder):
         figures.update(measured, **prototype_figures(cfg, run, data.images))
         if names:
             judge = load_trait_judge(cfg, sets[0], run.device)
-            real = kept_traits(judge, data.images, known, names, run.device)
+            real = kept_traits(judge, data.images, judged(data)[0], names, run.device)
             figures.update({f"real_{name}": x for name, x in real.items()})
             figures["unconditional_frechet"] = judge_traits(judge, samples, run.device)[1]
             s = activations(run, data.images)
@@ -2074,9 +2165,10 @@ def edit_image(cfg, run, given, folder):
         check(values.isfinite().all(), "a value is not a number")
     image = decode(Path(given.edit), cfg.image_size, run.known.get("span"))
     image = image[None, :run.known["shape"][0]]
-    s, xT = invert_images(cfg, run, image)
+    s, xT = invert_images(cfg, run, image, given.level)
     wanted = set_activations(s, chosen, values)
-    images = render(cfg, run, torch.cat([s, wanted]), xT.repeat(2, 1, 1, 1))
+    told = torch.cat([s, wanted])
+    images = render(cfg, run, told, xT.repeat(2, 1, 1, 1), level=given.level)
     now = activations(run, images)[1]
     told = "\n".join(f"s_{j}: {s[0, j]:.2f}, set to {x:.2f}, now {now[j]:.2f}"
                      for j, x in zip(chosen, values[0]))
@@ -2243,6 +2335,9 @@ def patronus(given):
     cfg = read_settings(given)
     check(cfg.image_size >= 16 and cfg.num_prototypes >= 6 and cfg.invert_steps <= cfg.timesteps,
           "--image-size must be 16 or more, --num-prototypes 6, --invert-steps at most --timesteps")
+    check(given.level is None or 1 <= given.level <= cfg.timesteps, "--from: 1 to --timesteps")
+    check(cfg.patch <= cfg.image_size and cfg.global_prototypes <= 1,
+          "--patch must be at most --image-size, --global-prototypes at most 1")
     check(cfg.latent_timesteps >= 21 and cfg.latent_width % 2 == 0,
           "--latent-timesteps must be 21 or more, and --latent-width even")
     task, folder = given.task
@@ -2274,6 +2369,8 @@ def main(argv=None):
     """The command line. Returns the exit status, see exit_status."""
     parser = settings_parser("resume", "sample", "evaluate", "explain", "diagnose", "model")
     parser.add_argument("--edit", metavar="IMAGE", help="image to edit by the run --model")
+    parser.add_argument("--from", type=int, dest="level", help="--edit: up to which noise level to "
+                        "go, less than all saves time; see the switch in when.png")
     parser.add_argument("--set", default="", help="--edit: activations to set, like 12=2.5,40=0")
     return exit_status(patronus, parser.parse_args(argv))
 

@@ -70,7 +70,7 @@ EXERCISES = {
         "test_learn_stays_in_float32_under_mixed_precision", "test_statistics_by_hand",
         "test_usage_is_a_moving_average_of_the_choices_in_training_and_of_no_others"),
     "receptive_field": ("kernel and padding count in steps of the layers before; strides multiply later steps",
-        "test_receptive_field_of_padded_layers_by_hand", "test_receptive_field_is_where_the_gradient_is"),
+        "test_receptive_field_of_padded_layers_by_hand", "test_every_patch_is_where_the_gradient_is_and_inside_the_image"),
     "patch_distances": ("squared, for each patch and prototype: [B, m, h, w]; at least 0; float32 under autocast",
         "test_patch_distances_by_an_explicit_loop",
         "test_patch_distances_are_never_negative_and_float32_under_autocast"),

@@ -23,13 +23,13 @@ EXPLAINED = {"explanation.json", *(f"{name}.png" for name in "reconstruction var
 MEASURED = {"metrics.json", "samples.png", "samples.npz", "curves.png", "diagnosis.png"}
 BASIC = {"config.json", "log.csv", "checkpoint.pt"}
 LEAK = {"leak", "leak_low", "leak_high", "attribute_moved", "watched_moved"}
-settings = functools.partial(config, pt, multipliers="1,2")
-words = functools.partial(args, pt, multipliers="1,2")
+settings = functools.partial(config, pt, multipliers="1,2", global_prototypes=0.5)
+words = functools.partial(args, pt, multipliers="1,2", global_prototypes=0.5)
 
-def network(side=16, learns=False):
-    """A Patronus in which nothing starts at zero."""
+def network(side=16, learns=False, **changes):
+    """A Patronus in which nothing starts at zero: 4 prototypes of patches, 4 of images, but for changes."""
     torch.manual_seed(0)
-    model = settings(image_size=side, dropout=0.0).build(dict(shape=[3, side, side])).eval()
+    model = settings(image_size=side, dropout=0.0, **changes).build(dict(shape=[3, side, side])).eval()
     awake(model.unet)
     return model if learns else model.requires_grad_(False)
 
@@ -110,34 +110,71 @@ def test_patch_distances_are_never_negative_and_float32_under_autocast():
     assert found.min() == 0 and found.dtype == half.dtype == torch.float32
     assert found.equal(pt.patch_distances(z, p)), "not computed in bfloat16"
 
-@pytest.mark.parametrize("side, i, j", [(32, 0, 0), (32, 4, 7), (32, 9, 9), (128, 5, 2)])
-def test_receptive_field_is_where_the_gradient_is(side, i, j):
-    net, x = pt.patch_encoder(1, side, 2), torch.rand(1, 1, side, side, generator=seeded()).requires_grad_()
+def positive(net):
+    """The network with weights above 0, so that every ReLU passes."""
     for p in net.parameters():
-        p.data.abs_().add_(0.01)                              # so that every ReLU passes
+        p.data.abs_().add_(0.01)
+    return net
+
+@pytest.mark.parametrize("side, patch", [(16, 3), (16, 4), (16, 5), (16, 7), (16, 16), (32, 9), (32, 15), (32, 21),
+                                         (128, 5), (128, 61)])
+def test_every_patch_is_where_the_gradient_is_and_inside_the_image(side, patch):
+    net, x = positive(pt.patch_encoder(1, side, 2, patch)), torch.rand(1, 1, side, side).requires_grad_()
     start, size, step = pt.receptive_field(net)
-    net(x)[0, 0, i, j].backward()
-    y, left = start + step * i, start + step * j
-    expected = torch.zeros(side, side, dtype=torch.bool)
-    expected[max(0, y):y + size, max(0, left):left + size] = True
-    assert expected.equal(x.grad[0, 0] != 0)
+    z = net(x)[0, 0]
+    assert (start, size) == (0, patch) and 0 <= side - (step * (len(z) - 1) + size) < step, "as many as fit"
+    for i, j in {(0, 0), (len(z) // 2, len(z) // 3), (len(z) - 1, len(z) - 1)}:
+        gradient, = torch.autograd.grad(z[i, j], x, retain_graph=True)
+        y, left = step * i, step * j
+        expected = torch.zeros(side, side, dtype=torch.bool)
+        expected[y:y + size, left:left + size] = True
+        assert expected.equal(gradient[0, 0] != 0)
+
+@pytest.mark.parametrize("side, patch", [(16, 5), (16, 16), (32, 15), (64, 7), (128, 61)])
+def test_prototypes_of_images_see_all_that_patches_see(side, patch):
+    model = network(side, patch=patch, learns=True)
+    x = torch.rand(1, 3, side, side, generator=seeded()).requires_grad_()
+    positive(model.encoder), positive(model.whole)
+    whole = model.whole(model.encoder(x))
+    seen = torch.autograd.grad(whole.sum(), x)[0][0].ne(0)
+    used = 1 - pt.receptive_field(model.encoder)[2]
+    assert whole.shape[2:] == (1, 1) and seen[:, :used, :used].all(), "steps may leave out the last rows and columns"
+    maps = model.maps(x)[0]
+    assert maps.shape[0] == 8 and maps[4:].equal(maps[4:, :1, :1].expand_as(maps[4:])), "one value, at every patch"
+    assert close(maps[4:, 0, 0], pt.activation(pt.patch_distances(whole, model.prototypes[4:]))[0, :, 0, 0], 1e-4)
+    assert close(maps[:4], pt.activation(pt.patch_distances(model.encoder(x), model.prototypes[:4]))[0], 1e-4)
 
 def test_receptive_field_of_padded_layers_by_hand():
     net = torch.nn.Sequential(torch.nn.Conv2d(1, 1, 3, 2, padding=1), torch.nn.Conv2d(1, 1, 5, 3, padding=2))
     assert pt.receptive_field(net) == (-1 - 2 * 2, 3 + 4 * 2, 6)
-    for side, field in ((32, (-1, 15, 2)), (128, (-2, 61, 4))):
-        net = pt.patch_encoder(3, side, 9)
-        assert pt.receptive_field(net) == field and all(abs(conv.weight.std() - 0.1) < 0.01 for conv in net[::2])
+
+def test_the_papers_kernels_follow_from_its_patches():
+    for side, patch, kernels, step in ((32, 15, [3] * 4, 2), (224, 61, [5] * 5, 4), (16, 5, [5, 1, 1, 1], 2),
+                                       (32, 10, [10, 1, 1, 1], 2), (128, 15, [15, 1, 1, 1, 1], 4)):
+        net = pt.patch_encoder(3, side, 9, patch)
+        assert [conv.kernel_size[0] for conv in net[::2]] == kernels and pt.receptive_field(net) == (0, patch, step)
+        assert all(conv.padding == (0, 0) and abs(conv.weight.std() - 0.1) < 0.02 for conv in net[::2])
 
 def test_best_patches_are_the_corners_of_planted_patches_framed_just_outside():
-    run, images, chosen = run_of(network(32)), noise_images(9, 3, 32, 32) // 2, [3] * 8 + [5]
+    run, images, chosen = run_of(network(32, patch=15)), noise_images(10, 3, 32, 32) // 2, [3] * 8 + [2, 6]
     z = run.model.encoder(images[[1, 8]].float() / 127.5 - 1)
-    run.model.prototypes[3], run.model.prototypes[5] = z[0, :, 4, 7], z[1, :, 0, 9]
+    run.model.prototypes[3], run.model.prototypes[2] = z[0, :, 4, 7], z[1, :, 0, 8]
     s = pt.activations(run, images)
-    assert s[1, 3] > 9 and s[8, 5] > 9 and s.median() < 3, "of the closest patch"
-    assert pt.best_patches(run, images, chosen)[[1, 8]].tolist() == [[-1 + 2 * 4, -1 + 2 * 7], [-1, 17]]
-    y, x = (pt.framed(run, images, chosen)[1, 0] == 255).nonzero().T
-    assert (y.min(), y.max(), x.min(), x.max()) == (6, 22, 12, 28), "around 15 pixels from (7, 13) on"
+    assert s[1, 3] > 9 and s[8, 2] > 9 and s[:, :4].median() < 3, "of the closest patch"
+    assert pt.best_patches(run, images, chosen)[[1, 8]].tolist() == [[2 * 4, 2 * 7], [0, 16]]
+    framed = pt.framed(run, images, chosen)
+    y, x = (framed[1, 0] == 255).nonzero().T
+    assert (y.min(), y.max(), x.min(), x.max()) == (7, 23, 13, 29), "around 15 pixels from (8, 14) on"
+    assert (framed[9, 0] == 255).sum() == 4 * 31, "of an image the border"
+
+def test_heat_lies_in_the_middle_of_patches_and_covers_the_image():
+    run, maps = run_of(network(patch=5)), torch.zeros(2, 6, 6)
+    maps[0, 0, 0], maps[1, 2, 5] = 1, 1
+    heat = pt.heat_maps(run, torch.zeros(2, 3, 16, 16), maps)
+    assert heat.shape == (2, 3, 16, 16) and set(heat.unique().tolist()) == {0, 255}
+    corner, side = (part[0].nonzero() for part in heat)
+    assert corner.amax(0).tolist() == [2, 2] and corner.amin(0).tolist() == [0, 0] and len(corner) == 9
+    assert side.amin(0).tolist() == [5, 11] and side.amax(0).tolist() == [6, 15], "step 2, and on to the border"
 
 def test_penalties_and_weights_of_levels_by_hand():
     angle = math.acos(0.9)                                    # to the nearest; neither length nor sign counts
@@ -151,11 +188,12 @@ def test_penalties_and_weights_of_levels_by_hand():
 
 def test_the_loss_is_told_s_of_the_clean_image_and_weighs_levels_and_penalties_and_no_label():
     model, data, abar = network(), batch(), pt.alpha_bars(1000)
-    cfg = settings(distinctness=3.0, decorrelation=0.5, emphasis=0.5)
+    cfg = settings(distinctness=3.0, decorrelation=0.5, emphasis=0.5, sketch=2.0)
     s, found = model.encode(data.x0), model(data, abar, cfg)
     eps = model.denoise(pt.add_noise(data.x0, data.t, data.eps, abar), data.t, s)
     errors, weights = (eps - data.eps).square().mean((1, 2, 3)), (1 / abar.sqrt()).clamp(max=50)
     penalties = 3 * pt.distinctness_loss(model.prototypes) + 0.5 * pt.decorrelation_loss(s)
+    penalties += 2 * (model.draw(s) - data.x0).square().mean()
     assert list(found)[0] == "loss" and close(found["diffusion"], errors.mean(), 1e-5) and penalties > 0.01
     assert close(found["loss"], (errors * weights[data.t]).mean() / weights.mean() + penalties, 1e-4)
     assert same(found, model(data._replace(target=data.target + 1), abar, cfg))
@@ -166,20 +204,39 @@ def test_the_noise_loss_trains_all_parts_jointly_but_the_latent_model():
         model(data, pt.alpha_bars(1000), settings())["loss"].backward()
         assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
     reached = {name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
-    expected = dict(encoder=0.25, prototypes=0.25, mlp=1, unet=1)
-    rates = {id(p): group["factor"] for group in model.param_groups(settings(encoder_lr=0.25)) for p in group["params"]}
-    assert all(rates.get(id(p)) == expected.get(name.split(".")[0]) for name, p in model.named_parameters())
+    expected = dict(encoder=0, whole=0, prototypes=0, mlp=1, sketch=1, unet=1)                     # clipped apart
+    groups = {id(p): i for i, group in enumerate(model.param_groups(settings())) for p in group["params"]}
+    assert all(groups.get(id(p)) == expected.get(name.split(".")[0]) for name, p in model.named_parameters())
     assert reached == set(expected)
 
+def test_the_denoiser_reads_the_sketch_beside_xt_and_the_papers_has_none():
+    for side in (16, 32):
+        model, seen = network(side), []
+        model.unet.down[0][0].register_forward_pre_hook(lambda module, given: seen.append(given[0]))
+        s, xt = 5 * torch.rand(2, 8, generator=seeded()), normal(2, 3, side, side)
+        model.denoise(xt, torch.tensor([3, 900]), s)
+        assert seen[0].shape == (2, 6, side, side) and seen[0][:, :3].equal(xt)
+        assert close(seen[0][:, 3:], model.draw(s), 1e-5)
+        assert not model.draw(s)[0].allclose(model.draw(s)[1])
+    paper, changed = network(sketch=0.0), network()
+    assert paper.sketch is None and paper.unet.down[0][0].in_channels == 3
+    assert "sketch" not in paper(batch(), pt.alpha_bars(1000), settings(sketch=0.0))
+    changed.sketch[4].bias += 1
+    assert close(changed.draw(s), network().draw(s) + 1, atol=1e-5)
+    found = [net(batch(), pt.alpha_bars(1000), settings(hide=0.0))["sketch"] for net in (network(), changed)]
+    assert found[0] != found[1]
+
 def test_activations_are_standardised_and_hidden_one_by_one_in_training_alone():
-    model, seen, data = network(), [], batch(64)
+    model, seen, drawn, data = network(), [], [], batch(64)
     model.mean[:], model.std[:] = torch.arange(8), 2
     model.mlp.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
+    model.sketch.register_forward_pre_hook(lambda module, given: drawn.append(given[0]))
     s = model.encode(data.x0)
     model.train()(data, pt.alpha_bars(1000), settings(hide=0.25))
     model.denoise(data.x0, data.t, s)
     told, hidden = (s - torch.arange(8)) / 2, seen[0] == 0
-    assert close(seen[1], told, 1e-5), "in sampling nothing is hidden, whatever the mode"
+    assert close(seen[1], told, 1e-5) and close(drawn[2], told, 1e-5), "in sampling nothing is hidden"
+    assert drawn[0].equal(seen[0]) and drawn[1].equal(seen[0]), "told, and drawn for the loss: the same are hidden"
     assert 0.15 < hidden.float().mean() < 0.35 and 0 < hidden[0].sum() < 8
     assert close(seen[0], torch.where(hidden, 0, told / 0.75), atol=1e-5)
 
@@ -191,11 +248,18 @@ def test_prototypes_start_at_patches_of_real_images_where_activations_tell_them_
         assert known["targets"].shape == (200,) and not known["targets"].any()
     assert same(model.state_dict(), again.state_dict()) and not model.prototypes.equal(other.prototypes)
     assert same(uniform.state_dict(), network().state_dict()) and uniform.prototypes.std() > 0.2, "U(0, 1)"
-    outputs = [model.encoder[:i](pt.scaled(data.images, torch.arange(200), CPU)) for i in (1, 3, 5, 8)]
-    assert all(0.8 < z.std() < 1.25 for z in outputs[:3]), "layer by layer"
-    assert outputs[3].transpose(0, 1).flatten(1).var(1).sum().item() == pytest.approx(1, rel=0.25)
-    assert (pt.patch_distances(outputs[3], model.prototypes).amin((0, 2, 3)) < 1e-4).all(), "each is a patch"
-    s = pt.activations(run_of(model), data.images[pt.random_index(200, 200, 0, "start")])
+    seen = data.images[pt.random_index(200, 200, 0, "start")]
+    z = model.encoder(seen.float() / 127.5 - 1)
+    for layers, x, prototypes in ((model.encoder, seen.float() / 127.5 - 1, model.prototypes[:4]),
+                                  (model.whole, z, model.prototypes[4:])):
+        for i in range(1, len(layers) - 2, 2):
+            std, mean = torch.std_mean(layers[:i](x), (0, 2, 3))
+            assert close(mean, 0 * mean, atol=1e-3) and close(std, 0 * std + 1, 1e-3), "every channel of every layer"
+        std, mean = torch.std_mean(layers[:-1](x), (0, 2, 3))
+        assert close(std, std[:1].expand_as(std), 1e-3) and close(mean, 0 * mean, atol=1e-3), "before the last ReLU"
+        assert layers(x).transpose(0, 1).flatten(1).var(1).sum().item() == pytest.approx(1, rel=1e-3)
+        assert (pt.patch_distances(layers(x), prototypes).amin((0, 2, 3)) < 1e-4).all(), "real patches, real images"
+    s = pt.activations(run_of(model), seen)
     assert close(model.mean, s.mean(0), 1e-4) and close(model.std, s.std(0), 1e-4) and s.std(0).min() > 0.4
     z = torch.cat([0.01 * normal(400, 2), torch.tensor([[9.0, 0], [0, 9], [7, 7]])])
     assert all((pt.spread_points(z, 4, seed).norm(dim=1) > 5).sum() == 3 for seed in range(5)), "far apart"
@@ -251,6 +315,22 @@ def test_an_image_comes_back_from_its_s_and_inverted_noise():
         cfg = settings(invert_steps=steps, sample_batch=2, sample_steps=50, sampler="ddpm")
         errors.append((pt.reconstruct(cfg, run, images) - images.float()).abs().max() / 127.5)
     assert errors[1] < 0.1 and 1.5 < errors[0] / errors[1] < 2.5, "first order"
+
+def test_from_a_level_inversion_and_the_way_back_take_a_share_of_the_steps_and_end_at_the_image():
+    asked, images = [], noise_images(3, 1, 4, 4) // 2 + 60
+    model = Painter(4, sd=0.6)
+
+    def denoise(x, t, s):
+        asked.append(t[0].item())
+        return model.denoise(x, t, s)
+    run = run_of(SimpleNamespace(encode=model.encode, denoise=denoise))
+    cfg = settings(invert_steps=100)
+    s, noisy = pt.invert_images(cfg, run, images, 300)
+    assert len(asked) == 30 and max(asked) < 299 and pt.levels_below(cfg, 300)[0].equal(pt.alpha_bars(1000)[:300])
+    back = pt.render(cfg, run, s, noisy, level=300)
+    assert len(asked) == 60 and max(asked) == 299 and (back - images.float()).abs().max() < 13
+    _, xT = pt.invert_images(cfg, run, images)
+    assert noisy.std() < xT.std() and pt.levels_below(cfg)[1] == 100
 
 def test_rendering_follows_from_the_seed_batch_by_batch_or_from_inverted_noise_by_plain_ddim(monkeypatch):
     run, s = run_of(SimpleNamespace(denoise=lambda x, t, s: 0.9 * x + s[:, :, None, None])), torch.zeros(6, 1)
@@ -416,6 +496,13 @@ def test_prototypes_are_live_dead_or_duplicates_of_live_ones():
     assert live.nonzero().flatten().tolist() == [0, 2, 7], "a duplicate of a duplicate alone lives"
     assert dead.nonzero().flatten().tolist() == [5, 6]
 
+def test_prototypes_are_shown_that_tell_different_things():
+    x = torch.linalg.qr(torch.cat([torch.ones(100, 1), normal(100, 3)], 1))[0][:, 1:]
+    columns = [x[:, 0], 3 * x[:, 0] + 1.5 * x[:, 1], 2 * x[:, 0] + 2 * x[:, 1], 0 * x[:, 0], x[:, 2], x[:, 1] + x[:, 2]]
+    s = 5 + torch.stack(columns, 1)
+    assert pt.diverse(s, 3) == [1, 4, 5], "varies most; correlation 0 with it; then 0.32 and 0.71"
+    assert pt.diverse(s, 9) == [1, 4, 5, 0, 2], "0.89 before 0.95; live ones alone, each once"
+
 def test_fashion_mnist_is_one_channel_padded_to_32(tmp_path):
     folder, images = tmp_path / "FashionMNIST" / "raw", noise_images(8, 28, 28)
     folder.mkdir(parents=True)
@@ -450,6 +537,16 @@ def test_traits_are_attributes_else_classes_and_the_first_and_last_are_diagnosed
     assert [pt.watched_traits(settings(attribute=a), data) for a in ("", "y")] == [[0, 2], [1, 2]]
     marked = dataclasses.replace(data, attributes=torch.ones(3, 2).bool(), attribute_names=("p", "q"))
     assert pt.traits(marked)[1] == ["p", "q"] and pt.traits(dataclasses.replace(data, classes=["x"]))[1] == []
+    assert pt.judged(marked)[0].int().tolist() == [[1, 1, 0, 0, 1], [1, 1, 1, 0, 0], [1, 1, 0, 1, 0]]
+    assert pt.judged(dataclasses.replace(marked, labels=None, classes=[]))[0].shape == (3, 2)
+
+def test_a_trait_is_kept_if_p_is_on_its_side_and_a_class_if_it_is_the_likeliest():
+    P = torch.tensor([[0.9, 0.4, 0.1, 0.3], [0.2, 0.6, 0.7, 0.8], [0.9, 0.1, 0.2, 0.1], [0.1, 0.9, 0.2, 0.8]])
+    known = torch.tensor([[1, 0, 0, 1], [1, 0, 1, 0], [1, 0, 1, 0], [0, 1, 0, 0]]).bool()       # one trait, 3 classes
+    judge = SimpleNamespace(features=lambda x: x.flatten(1), moments=pt.moments(normal(4, 4)), last=lambda z: P.logit())
+    found = pt.kept_traits(judge, noise_images(4, 1, 2, 2), known, ["t"], CPU)
+    assert found["kept_t"] == 0.75 and found["kept_class"] == 0.5 and len(found) == 3, "right: the third and fourth"
+    assert "kept_class" not in pt.kept_traits(judge, noise_images(4, 1, 2, 2), known, list("tabc"), CPU)
 
 def test_a_planted_correlation_is_in_the_training_images_alone_and_not_in_the_judges(tmp_path, monkeypatch):
     seen, cfg, plain = [], settings(bias=0.95, data_dir=tmp_path), pt.load_traits(settings())
@@ -458,9 +555,10 @@ def test_a_planted_correlation_is_in_the_training_images_alone_and_not_in_the_ju
     warm, dot = biased.attributes[:, [0, 4]].T
     assert 0.9 < (warm == dot).float().mean() < 1 and len(warm) == 200 and test.images.equal(plain[1].images)
     _, judge = (pt.load_trait_judge(cfg, biased, CPU) for _ in range(2))
-    assert len(seen) == 1 and seen[0][0].equal(own.images) and seen[0][1].equal(own.attributes.float())
+    assert len(seen) == 1 and seen[0][0].equal(own.images) and seen[0][1][:, :5].equal(own.attributes.float())
+    assert seen[0][1][:, 5:].equal(F.one_hot(own.labels, 10).float()), "and the class"
     (P, distance), (_, other) = (pt.judge_traits(judge, data.images, CPU) for data in (own, biased))
-    assert P.shape == (200, 5) and 0 < P.min() and P.max() < 1 and abs(distance) < 1e-6 < other
+    assert P.shape == (200, 15) and 0 < P.min() and P.max() < 1 and abs(distance) < 1e-6 < other
     pt.load_trait_judge(dataclasses.replace(cfg, dataset="folder"), biased, CPU)
     assert seen[1][0] is biased.images, "else it learns from the training images"
 
@@ -483,8 +581,10 @@ def test_explaining_shows_what_it_says(done, tmp_path, monkeypatch):
         monkeypatch.setattr(pt, name, lambda path, *given, **k: kept.update({path.stem: given}))
     assert pt.main(flags(explain=done, out=tmp_path / "e")) == 0 and len(kept) == len(EXPLAINED) - 1
     s = pt.activations(run, images)
-    live, chosen = pt.prototype_state(s)[0], [int(name.removeprefix("no. ")) for name in kept["prototypes"][1]]
-    assert s.std(0)[chosen].equal(s.std(0)[live].sort(descending=True).values[:8])
+    chosen = [int(name.removeprefix("no. ")) for name in kept["prototypes"][1]]
+    assert chosen == pt.diverse(s, 8) and len(kept["variations"][0]) == 80
+    sketch = pt.to_uint8(run.model.draw(run.model.encode(kept["variations"][0][:8].float() / 127.5 - 1)))
+    assert kept["variations"][1][:2] == ["real", "sketch"] and close(kept["variations"][0][8:16], sketch, atol=1)
     for row, j in zip(kept["prototypes"][0].split(7), chosen):
         assert row[1:].equal(pt.framed(run, images[s[:, j].topk(6).indices], [j] * 6)), "real patches"
     assert list(kept["when"][-1]) == list(pt.SHAPE_ATTRIBUTES)
@@ -505,6 +605,13 @@ def test_editing_sets_activations_of_an_image(done, tmp_path, capsys):
     assert f"s_2: {s[0, 2]:.2f}, set to 3.50" in capsys.readouterr().out
     s[0, 2], s[0, 0] = 3.5, 0
     assert close(pt.decode(out / "edited.png", 16), pt.render(run.config, run, s, xT)[0], atol=1)
+    assert pt.main([*edit[:-1], str(tmp_path / "middle"), "--set=2=3.5,0=0", "--from=400"]) == 0
+    s, xT = pt.invert_images(run.config, run, image, 400)
+    s[0, 2], s[0, 0] = 3.5, 0
+    expected = pt.render(run.config, run, s, xT, level=400)[0]
+    assert close(pt.decode(tmp_path / "middle" / "edited.png", 16), expected, atol=1)
+    for bad in ("0", "1001"):
+        refused(pt, capsys, [*edit, "--set=2=1", f"--from={bad}"], "--from")
     for bad in ("", "2=much", "8=1", "-1=2", "1.5=2", "2=nan"):
         refused(pt, capsys, [*edit, f"--set={bad}"], "--set", "0 to 7")
     for bad in (dict(model=done), dict(edit=tmp_path / "image.png", set="1=2"), dict(explain=done, edit="image.png")):
