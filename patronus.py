@@ -1542,11 +1542,11 @@ def standardise(layers, x):
         x = layer(x)
         if isinstance(layer, nn.Conv2d):
             std, mean = torch.std_mean(x, (0, 2, 3))
-            std = std.clamp(min=1e-6)
+            std = std.clamp(min=1e-3)                   # images may all be alike
             layer.weight /= std[:, None, None, None]
             layer.bias.sub_(mean).div_(std)
             x = (x - mean[:, None, None]) / std[:, None, None]
-    scale = x.transpose(0, 1).flatten(1).var(1).sum().rsqrt()
+    scale = x.transpose(0, 1).flatten(1).var(1).sum().clamp(min=1e-6).rsqrt()
     for parameter in layers[-2].parameters():           # before the last ReLU
         parameter *= scale
     return x * scale
