@@ -77,7 +77,7 @@ class Config:
     # prototypes
     num_prototypes: int = 96        # m, number of prototypes
     global_prototypes: float = 0.33 # share of prototypes of whole images, not patches; paper: 0
-    patch: int = 5                  # side of a patch, pixels: as large as the pattern, here a dot
+    patch: int = 5                  # side of a patch: as a dot's; paper: 15, from 128 pixels on 61
     prototype_dim: int = 32         # D, numbers in a prototype and in a patch's feature
     start: Literal["features", "uniform"] = "features"  # of prototypes: real patches, or 0..1
     sketch: float = 1.0             # weight of the loss of the sketch drawn from s; paper: 0, none
@@ -161,8 +161,8 @@ def patch_encoder(channels, side, dim, patch):
     return nn.Sequential(*layers)
 
 def image_encoder(dim, side):
-    """Features of patches [B, dim, side, side] -> of the whole image [B, dim, 1, 1]. choice: the
-    paper has none, but size and place are no pattern of a patch."""
+    """Features of patches [B, dim, side, side] -> of the whole image [B, dim, 1, 1]: halved to at
+    most 4x4, then one layer sees all. choice: size and place are no pattern of a patch."""
     layers = []
     while side > 4:
         layers += [nn.Conv2d(dim, dim, 3, 2, padding=1), nn.ReLU()]
