@@ -587,6 +587,7 @@ def test_explaining_shows_what_it_says(done, tmp_path, monkeypatch):
     assert kept["variations"][1][:2] == ["real", "sketch"] and close(kept["variations"][0][8:16], sketch, atol=1)
     for row, j in zip(kept["prototypes"][0].split(7), chosen):
         assert row[1:].equal(pt.framed(run, images[s[:, j].topk(6).indices], [j] * 6)), "real patches"
+    assert all(rows.min() == 0 for rows in kept["where"][0][8:].split(8)), "each from its least"
     assert list(kept["when"][-1]) == list(pt.SHAPE_ATTRIBUTES)
 
 def test_evaluating_and_diagnosing_again(done, tmp_path):
