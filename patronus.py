@@ -216,8 +216,7 @@ def decorrelation_loss(s):
 
 def level_weights(abar, emphasis):
     """Weights of the noise loss, [T]: abar_t ** -emphasis, at most 50, divided by their mean.
-    choice: high noise counts more. Overall brightness is decided there, but xt is nearly eps, so a
-    wrong brightness hardly raises the plain loss, and the denoiser would not learn it from s."""
+    choice: s decides most where noise is high, but a wrong image hardly raises the loss there."""
     weights = (abar ** -emphasis).clamp(max=50)
     return weights / weights.mean()
 
@@ -362,8 +361,9 @@ def train_latent(s, cfg, device):
     model.std.copy_(s.std(0).clamp(min=1e-3))
     average = copy.deepcopy(model).requires_grad_(False)
     abar = alpha_bars(cfg.latent_timesteps).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, cfg.latent_steps + 1)
+    lr = 1 / cfg.latent_width                           # choice: Adam's rate goes as 1 / width
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, cfg.latent_steps + 1)
     for step in range(cfg.latent_steps):
         index = torch.randint(len(s), (256,), generator=gen, device=device)
         x0 = ((s[index] - model.mean) / model.std)[:, :, None, None]
