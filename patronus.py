@@ -122,17 +122,17 @@ class Config:
     judge_width: int = 16           # channels of its first layers; 64: ResNet-18
     inception: str = "off"          # weights for FID, IS and KID: a file, or download
 
-    # The paper's m, D, patch; attention in the middle only. choice (the paper's): DDPM's U-Net
-    # (64 x 1,2,4,4), 100,000 steps of 256 images at 5e-4 (300 epochs of 128 at 1e-5).
+    # The paper's m and D. choice (the paper's): patches of 5, best of 5, 9, 15 for CIFAR-10 (15);
+    # DDPM's U-Net (64 x 1,2,4,4); 100,000 steps of 256 images at 5e-4 (300 epochs of 128 at 1e-5).
     PHOTOGRAPHS = dict(
-        image_size=32, patch=15, mirror=True, num_prototypes=100, prototype_dim=128, channels=128,
+        image_size=32, mirror=True, num_prototypes=100, prototype_dim=128, channels=128,
         multipliers="1,2,2,2", blocks=2, dropout=0.1, steps=100_000, batch_size=256, lr=5e-4,
         save_every=1000, latent_width=1024, latent_steps=40_000, num_samples=10_000,
         sampler="dpmpp", judge_steps=8000, judge_width=64, inception="download")
     PRESETS = {
         "shapes": {}, "cifar10": PHOTOGRAPHS, "folder": PHOTOGRAPHS,
         "fashion-mnist": {**PHOTOGRAPHS, "mirror": False, "num_prototypes": 30},
-        "celeba": {**PHOTOGRAPHS, "image_size": 64, "multipliers": "1,1,2,2,2",
+        "celeba": {**PHOTOGRAPHS, "image_size": 64, "patch": 15, "multipliers": "1,1,2,2,2",
                    "attribute": "Blond_Hair", "watch": "Smiling"}}
     labelled = False                # the data need no classes
 
