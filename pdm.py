@@ -749,6 +749,8 @@ def explained(sentence):
 
 SHAPES = "circle square triangle diamond plus cross ring crescent bar star".split()
 SHAPE_ATTRIBUTES = ("warm hue", "bright background", "large", "left of centre", "dot")
+FINE = {"shapes": 0, "shapes-40": 2, "shapes-160": 4}   # attributes that split the classes, named
+SHAPE_WORDS = (("cool", "warm"), ("dark", "bright"), ("small", "large"), ("right", "left"))
 SHAPE_SPLITS = {"train": (20_000, 0), "test": (4_000, 1), "judge": (20_000, 12)}    # images, seed
 
 @dataclasses.dataclass
@@ -794,8 +796,9 @@ def signed_distances(x, y):
     v = 0.42 * math.sin(math.pi / 5)
     yield (v * (radius * angle.cos() - 1) - u * radius * angle.sin()) / math.hypot(u, v)
 
-def make_shapes(n, size=16, seed=0, bias=0.5):
+def make_shapes(n, size=16, seed=0, bias=0.5, fine=0):
     """n antialiased coloured figures on grey, [n, 3, size, size]; 10 classes, 5 known attributes.
+    fine: the first so many attributes split the classes: at 2, "bright warm circle" is one of 40.
     bias: probability that an image has its corner dot exactly if its hue is warm. Both stay at one
     half; at 0.5 they are independent. Another seed gives other images."""
     gen = torch.Generator().manual_seed(seed)
@@ -828,7 +831,11 @@ def make_shapes(n, size=16, seed=0, bias=0.5):
     images = paint(images, torch.where(dot, spot, 9), ~bright)
     attributes = torch.stack([warm, bright, large, left, dot], 1).flatten(1)
     images = (images * 255).round().to(torch.uint8)
-    return Dataset(images, labels, SHAPES, attributes, SHAPE_ATTRIBUTES)
+    classes = SHAPES
+    for words, has in zip(SHAPE_WORDS[:fine], attributes.T):
+        labels = 2 * labels + has
+        classes = [f"{word} {name}" for name in classes for word in words]
+    return Dataset(images, labels, classes, attributes, SHAPE_ATTRIBUTES)
 
 def open_cifar10(root, train):
     """A published set, downloaded if need be -> items (image or file, label), names of classes."""
@@ -1004,9 +1011,9 @@ def load_dataset(name, split="train", image_size=None, data_dir="data"):
     check(name in Config.PRESETS and split in SHAPE_SPLITS,
           f"no split {split} of {name}: choose train or test of {', '.join(Config.PRESETS)}")
     size = image_size or Config.PRESETS[name].get("image_size", Config.image_size)
-    if name == "shapes":
+    if name in FINE:
         n, seed = SHAPE_SPLITS[split]
-        return make_shapes(n, size, seed)
+        return make_shapes(n, size, seed, fine=FINE[name])
     root = Path(data_dir)
     def open_set():
         with explained(f"{name} cannot be read in {root}: check --data-dir and the network"):
@@ -1136,8 +1143,8 @@ def load_judge(cfg, data, device):
     net = placed(nn.Sequential(features, nn.Linear(8 * cfg.judge_width, len(data.classes))), device)
     def make(old):
         real = data
-        if cfg.dataset == "shapes":                     # there are as many more as one likes
-            real = load_dataset("shapes", "judge", cfg.image_size)
+        if cfg.dataset in FINE:                         # there are as many more as one likes
+            real = load_dataset(cfg.dataset, "judge", cfg.image_size)
         fit(net, real.images, real.labels, F.cross_entropy, cfg.judge_steps, cfg, "judge")
         z = features_of(features, data.images, device)
         return dict(net=net.state_dict(), moments=moments(z))
@@ -1300,7 +1307,8 @@ def draw_grid(path, images, rows, title, columns=(), size=0.55):
     n = len(images) // len(rows)
     centres = (np.arange(max(n, len(rows))) + 0.5) * (images.shape[-1] + 1)
     tiles = torchvision.utils.make_grid(images, n, padding=1, pad_value=255)
-    with drawing(path, 1.5 + size * n, 0.7 + size * len(rows)) as fig:
+    left = max(1.5, 0.1 * max(map(len, rows)))          # inches for their names
+    with drawing(path, left + size * n, 0.7 + size * len(rows)) as fig:
         axes = fig.subplots()
         axes.imshow(tiles.permute(1, 2, 0), interpolation="nearest")
         axes.set_yticks(centres[:len(rows)], rows)

@@ -64,14 +64,19 @@ RANK, WORLD = map(int, TORCHRUN if all(str(n).isdecimal() for n in TORCHRUN) els
 
 # ---- Settings ------------------------------------------------------------------------------------
 
+Sets = Literal["shapes", "shapes-40", "shapes-160", "folder", "cifar10", "stl10", "tiny-imagenet"]
+
 @dataclasses.dataclass
 class Config:
     """Every setting is a flag; its comment is its help."""
-    dataset: Literal["shapes", "cifar10", "stl10", "tiny-imagenet", "folder"] = "shapes"  # images
+    dataset: Sets = "shapes"        # the images: built-in shapes, a folder, or a published set
     data_dir: str = "data"          # where data lie or are downloaded to; for folder: your images
     image_size: int = 16            # side of the images, pixels
+    images_per_class: int = 0       # training images of each class; 0: all
     # prototypes (stage 1)
     prototypes: Literal["random", "frozen", "unfrozen"] = "unfrozen"    # how the class table starts
+    start: Literal["random", "means"] = "random"    # of stage 1: prototypes at 0, or at class means
+    permuted: bool = False          # a control: rows change places, so that neighbours are wrong
     scale: Literal["rms", "raw"] = "rms"    # prototypes at the RMS of a random table, or as learned
     prototype_dim: int = 64         # D, numbers in a prototype
     prototypes_per_class: int = 1   # K, prototypes for each class
@@ -112,17 +117,16 @@ class Config:
     judge_width: int = 16           # channels of its first layers; 64: ResNet-18
     inception: str = "off"          # weights for FID, IS and KID: a file, or download
 
-    # Presets have the paper's D, batch, rate, warm-up. choice (paper's in brackets): DDPM's U-Net
-    # (64 x 1,2,4,4, all with attention), 100,000 steps (1,500 epochs), 20 dpmpp steps (50 ddim),
-    # guidance 0.3 (1.8).
+    # The paper's D, batch, rate, warm-up. choice (paper's): DDPM's U-Net (64 x 1,2,4,4, attention
+    # in all), 100,000 steps (1,500 epochs), 20 dpmpp steps (50 ddim), guidance 0.3 (1.8).
     PHOTOGRAPHS = dict(
         image_size=32, mirror=True, prototype_dim=128, learner_steps=8000, learner_width=64,
         channels=128, multipliers="1,2,2,2", blocks=2, attention=16, dropout=0.1, steps=100_000,
         batch_size=256, lr=5e-4, save_every=1000, num_samples=10_000, guidance=0.3, sampler="dpmpp",
         judge_steps=8000, judge_width=64, inception="download")
     LARGER = {**PHOTOGRAPHS, "image_size": 64, "multipliers": "1,1,2,2,2"}
-    PRESETS = {"shapes": {}, "cifar10": PHOTOGRAPHS, "folder": PHOTOGRAPHS, "stl10": LARGER,
-               "tiny-imagenet": LARGER}
+    PRESETS = {"shapes": {}, "shapes-40": {}, "shapes-160": {}, "folder": PHOTOGRAPHS,
+               "cifar10": PHOTOGRAPHS, "stl10": LARGER, "tiny-imagenet": LARGER}
     labelled = True                 # the data must have classes
 
     def build(self, known):
@@ -159,14 +163,13 @@ def prototype_loss(d, y):
     d [B, C, K]: squared distances to the K prototypes of each class; y [B]: labels."""
     return d.amin(-1).gather(1, y[:, None]).mean()
 
-def nearest_prototypes(z, prototypes):
-    """z [N, D], prototypes [C, K, D] -> each class's nearest: distance (no square), k, [N, C]."""
-    return torch.cdist(z, prototypes.flatten(0, 1)).view(len(z), *prototypes.shape[:2]).min(-1)
-
 def learn_prototypes(data, cfg, device):
-    """Stage 1 -> a PrototypeLearner that was trained on `data`, a Dataset."""
+    """Stage 1 -> a PrototypeLearner that was trained on `data`, a Dataset. From a random start
+    prototypes hardly move: images come to them, and all classes end up about as far apart."""
     torch.manual_seed(cfg.seed)
     learner = placed(PrototypeLearner(cfg, data.images.shape[1], len(data.classes)), device)
+    if cfg.start == "means":
+        start_at_class_means(learner, data, device)
     def loss(z, y):
         d = squared_distances(z, learner.prototypes)
         return dce_loss(d, y) + 0.01 * prototype_loss(d, y)     # choice: the weight
@@ -174,8 +177,7 @@ def learn_prototypes(data, cfg, device):
 
 def class_table(prototypes, scale):
     """Prototypes [C, K, D] -> the class table [C K, D].
-    choice: "rms" scales all by one factor to RMS 1, that of a table from N(0, 1): the norm alone
-    changes quality, and the comparison with "random" should not measure the norm."""
+    choice: "rms" scales all by one factor to RMS 1, as of N(0, 1): the norm alone has an effect."""
     table = prototypes.detach().flatten(0, 1)
     return table / table.square().mean().sqrt() if scale == "rms" else table
 
@@ -212,18 +214,20 @@ class ProtoDiffusion(nn.Module):
                 dict(params=[self.table.weight], factor=cfg.prototype_lr, start=cfg.unfreeze_at)]
 
     def begin(self, cfg, sets, folder, device):
-        """Before step 0: stage 1, the table -> dict for run.known: targets [N], figures (numbers).
-        sets: training and held-out Dataset. targets: for each training image, the table row of the
-        prototype of its class that is nearest to it; for "random", the first row of its class."""
+        """Before step 0: stage 1, the table -> dict for run.known: figures (numbers); targets [N],
+        each training image's row: of its class's nearest prototype, for "random" of the first."""
         labels = sets[0].labels
         first = labels * cfg.prototypes_per_class
+        gen = torch.Generator().manual_seed(seed_of(cfg.seed, "random table"))
         if cfg.prototypes == "random":
-            gen = torch.Generator().manual_seed(seed_of(cfg.seed, "random table"))
             self.table.weight.data.normal_(generator=gen)
             return dict(targets=first, figures={})
         learner = learn_prototypes(sets[0], cfg, device)
         prototypes = learner.prototypes.cpu()
-        self.table.weight.data = class_table(prototypes, cfg.scale)
+        table = class_table(prototypes, cfg.scale)
+        if cfg.permuted:
+            table = table[torch.randperm(len(table), generator=gen)]
+        self.table.weight.data = table
         z = features_of(learner, sets[0].images, device)
         nearest = nearest_prototypes(z, prototypes).indices.gather(1, labels[:, None])[:, 0]
         figures = draw_prototypes(folder / "prototypes.png", learner, sets[1], device)
@@ -233,12 +237,8 @@ class ProtoDiffusion(nn.Module):
         """What --eval-every logs: the judge's figures for samples of all classes, as a dict."""
         rows = evenly(run.known["targets"], cfg.num_samples)
         labels = rows // cfg.prototypes_per_class
-        judge = load_judge(cfg, sets[0], run.device)
+        judge = load_judge(cfg, sets[2], run.device)
         return judge_images(judge, generate(cfg, run, rows), labels, run.device)
-
-def evenly(targets, n):
-    """n rows, in the proportions of targets [N]: the sorted targets, read at n even spacings."""
-    return targets.sort().values[((torch.arange(n) + 0.5) / n * len(targets)).long()]
 
 # ---- Diffusion: process, loss, guidance, samplers; all in float32 but the network ----------------
 
@@ -629,6 +629,8 @@ def explained(sentence):
 
 SHAPES = "circle square triangle diamond plus cross ring crescent bar star".split()
 SHAPE_ATTRIBUTES = ("warm hue", "bright background", "large", "left of centre", "dot")
+FINE = {"shapes": 0, "shapes-40": 2, "shapes-160": 4}   # attributes that split the classes, named
+SHAPE_WORDS = (("cool", "warm"), ("dark", "bright"), ("small", "large"), ("right", "left"))
 SHAPE_SPLITS = {"train": (20_000, 0), "test": (4_000, 1), "judge": (20_000, 12)}    # images, seed
 
 @dataclasses.dataclass
@@ -674,8 +676,9 @@ def signed_distances(x, y):
     v = 0.42 * math.sin(math.pi / 5)
     yield (v * (radius * angle.cos() - 1) - u * radius * angle.sin()) / math.hypot(u, v)
 
-def make_shapes(n, size=16, seed=0, bias=0.5):
+def make_shapes(n, size=16, seed=0, bias=0.5, fine=0):
     """n antialiased coloured figures on grey, [n, 3, size, size]; 10 classes, 5 known attributes.
+    fine: the first so many attributes split the classes: at 2, "bright warm circle" is one of 40.
     bias: probability that an image has its corner dot exactly if its hue is warm. Both stay at one
     half; at 0.5 they are independent. Another seed gives other images."""
     gen = torch.Generator().manual_seed(seed)
@@ -708,7 +711,11 @@ def make_shapes(n, size=16, seed=0, bias=0.5):
     images = paint(images, torch.where(dot, spot, 9), ~bright)
     attributes = torch.stack([warm, bright, large, left, dot], 1).flatten(1)
     images = (images * 255).round().to(torch.uint8)
-    return Dataset(images, labels, SHAPES, attributes, SHAPE_ATTRIBUTES)
+    classes = SHAPES
+    for words, has in zip(SHAPE_WORDS[:fine], attributes.T):
+        labels = 2 * labels + has
+        classes = [f"{word} {name}" for name in classes for word in words]
+    return Dataset(images, labels, classes, attributes, SHAPE_ATTRIBUTES)
 
 def open_cifar10(root, train):
     """A published set, downloaded if need be -> items (image or file, label), names of classes."""
@@ -886,9 +893,9 @@ def load_dataset(name, split="train", image_size=None, data_dir="data"):
     check(name in Config.PRESETS and split in SHAPE_SPLITS,
           f"no split {split} of {name}: choose train or test of {', '.join(Config.PRESETS)}")
     size = image_size or Config.PRESETS[name].get("image_size", Config.image_size)
-    if name == "shapes":
+    if name in FINE:
         n, seed = SHAPE_SPLITS[split]
-        return make_shapes(n, size, seed)
+        return make_shapes(n, size, seed, fine=FINE[name])
     root = Path(data_dir)
     def open_set():
         with explained(f"{name} cannot be read in {root}: check --data-dir and the network"):
@@ -942,6 +949,36 @@ def fingerprint(*tensors):
         if tensor is not None:
             text.update(tensor.numpy())
     return text.hexdigest()
+
+def evenly(targets, n):
+    """n rows, in the proportions of targets [N]: the sorted targets, read at n even spacings."""
+    return targets.sort().values[((torch.arange(n) + 0.5) / n * len(targets)).long()]
+
+def nearest_prototypes(z, prototypes):
+    """z [N, D], prototypes [C, K, D] -> each class's nearest: distance (no square), k, [N, C]."""
+    return torch.cdist(z, prototypes.flatten(0, 1)).view(len(z), *prototypes.shape[:2]).min(-1)
+
+@torch.no_grad()
+def start_at_class_means(learner, data, device):
+    """Centre the untrained features of `data`, and set the prototypes to their class means; K of a
+    class to the means of K parts of its images. choice: so classes that look alike start close."""
+    z = features_of(learner, data.images, device).to(device)
+    learner[-1].bias -= z.mean(0)
+    z -= z.mean(0)
+    for label, own in enumerate(learner.prototypes):    # [K, D]
+        parts = z[data.labels == label].tensor_split(len(own))
+        own.copy_(torch.stack([part.mean(0) for part in parts]).nan_to_num())       # of no image: 0
+
+def load_classes(cfg):
+    """load_sets, with the first --images-per-class of each class in training -> training set,
+    held-out set, and the whole training set, of which the judge learns."""
+    whole, test = load_sets(cfg)
+    few = whole
+    if cfg.images_per_class:
+        index = torch.cat([(whole.labels == c).nonzero()[:cfg.images_per_class, 0]
+                           for c in range(len(whole.classes))])
+        few = dataclasses.replace(whole, images=whole.images[index], labels=whole.labels[index])
+    return few, test, whole
 
 # ---- Classifiers, such as the judge of samples ---------------------------------------------------
 
@@ -1001,8 +1038,8 @@ def load_judge(cfg, data, device):
     net = placed(nn.Sequential(features, nn.Linear(8 * cfg.judge_width, len(data.classes))), device)
     def make(old):
         real = data
-        if cfg.dataset == "shapes":                     # there are as many more as one likes
-            real = load_dataset("shapes", "judge", cfg.image_size)
+        if cfg.dataset in FINE:                         # there are as many more as one likes
+            real = load_dataset(cfg.dataset, "judge", cfg.image_size)
         fit(net, real.images, real.labels, F.cross_entropy, cfg.judge_steps, cfg, "judge")
         z = features_of(features, data.images, device)
         return dict(net=net.state_dict(), moments=moments(z))
@@ -1138,7 +1175,8 @@ def draw_grid(path, images, rows, title, columns=(), size=0.55):
     n = len(images) // len(rows)
     centres = (np.arange(max(n, len(rows))) + 0.5) * (images.shape[-1] + 1)
     tiles = torchvision.utils.make_grid(images, n, padding=1, pad_value=255)
-    with drawing(path, 1.5 + size * n, 0.7 + size * len(rows)) as fig:
+    left = max(1.5, 0.1 * max(map(len, rows)))          # inches for their names
+    with drawing(path, left + size * n, 0.7 + size * len(rows)) as fig:
         axes = fig.subplots()
         axes.imshow(tiles.permute(1, 2, 0), interpolation="nearest")
         axes.set_yticks(centres[:len(rows)], rows)
@@ -1199,13 +1237,14 @@ def draw_prototypes(path, learner, data, device, most=40):
         fig.colorbar(matrix.imshow(apart))
         matrix.set_title("distances between prototypes")
         ticks = range(0, len(flat), prototypes.shape[1])
-        matrix.set_xticks(ticks, data.classes[:most], rotation=90)
-        matrix.set_yticks(ticks, data.classes[:most])
+        size = min(10, 200 / len(prototypes))           # of letters
+        matrix.set_xticks(ticks, data.classes[:most], rotation=90, fontsize=size)
+        matrix.set_yticks(ticks, data.classes[:most], fontsize=size)
         map.set_title(f"prototypes (stars), held-out images ({accuracy:.1%} recognised)")
         map.scatter(*(z @ plane).T, s=1, c=data.labels, cmap="tab10")
         for name, stars in zip(data.classes, prototypes @ plane):
             map.plot(*stars.T, "k*", markersize=12)
-            map.text(*stars[0].tolist(), f"  {name}")
+            map.text(*stars[0].tolist(), f"  {name}", fontsize=size)
     return dict(stage1_accuracy=accuracy, prototype_norm=flat.norm(dim=1).mean().item(),
                 prototype_distance=apart.mean().item())
 
@@ -1493,11 +1532,11 @@ def evaluate_classes(cfg, run, sets, folder):
         figures["seconds_sampling"] = time.perf_counter() - start
         names = run.known["classes"][:10]
         draw_denoising(folder / "denoising.png", cfg, run, K * torch.arange(len(names)), names)
-        judge = load_judge(cfg, sets[0], run.device)
+        judge = load_judge(cfg, sets[2], run.device)
         figures.update(judge_images(judge, images, rows // K, run.device))
         real = judge_images(judge, sets[1].images, sets[1].labels, run.device)
         figures.update({f"real_{name}": value for name, value in real.items()})
-        figures.update(inception_metrics(cfg, images, sets[0].images, run.device))
+        figures.update(inception_metrics(cfg, images, sets[2].images, run.device))
     finally:                                            # whatever fails, keep what was measured
         write_metrics(cfg, run, figures, folder)
 
@@ -1659,13 +1698,14 @@ def protodiffusion(given):
     cfg = read_settings(given)
     task, folder = given.task
     if task in ("train", "resume"):
-        folder, sets = train_run(cfg, given, find_device(cfg.device))
+        folder, sets = train_run(cfg, given, find_device(cfg.device), load_classes)
         if RANK == 0:
             evaluate_classes(cfg, load_run(folder, cfg.device), sets, folder)
         return
     run = load_run(folder, cfg.device)
     if task == "evaluate":
-        evaluate_classes(cfg, run, load_sets(cfg), new_folder(given.out or folder / "evaluation"))
+        out = new_folder(given.out or folder / "evaluation")
+        evaluate_classes(cfg, run, load_classes(cfg), out)
     else:
         targets = run.known["targets"]
         labels = asked_labels(given.labels, run.known["classes"])

@@ -102,7 +102,7 @@ class Piece:
             rate = benchmark.measure(self.job(script, kind, settings))["images_per_second"]
             if "seconds" not in self.plan:              # once network and judge are ready
                 cfg = proto.Config(**{**proto.Config.PRESETS["folder"], **self.settings(proto)})
-                proto.load_judge(cfg, proto.load_sets(cfg)[0], self.device)
+                proto.load_judge(cfg, proto.load_classes(cfg)[2], self.device)
                 _, runs, beside = TIMES[self.folder.name]
                 self.plan["seconds"] = max(0.05 * self.left(), self.left() / runs - beside)
             self.plan[name] = max(3, round(self.plan["seconds"] * rate / settings["batch_size"]))

@@ -75,6 +75,27 @@ def test_attributes_of_shapes_are_halves_and_independent_but_for_the_bias(bias):
     both = torch.cat([a[:, :4], torch.nn.functional.one_hot(data.labels, 10).double()], 1).T
     assert (torch.corrcoef(both)[:4] - torch.eye(4, 14)).abs().max() < 0.08
 
+@pytest.mark.parametrize("name, n", [("shapes", 0), ("shapes-40", 2), ("shapes-160", 4)])
+def test_fine_classes_are_figures_split_by_the_attributes_that_their_names_tell(name, n):
+    assert pd.FINE[name] == n
+    fine, plain = pd.make_shapes(4000, 8, seed=3, fine=n), pd.make_shapes(4000, 8, seed=3)
+    assert fine.images.equal(plain.images) and (fine.labels >> n).equal(plain.labels), "a figure's are side by side"
+    assert len(set(fine.classes)) == 10 * 2 ** n and torch.bincount(fine.labels).min() > 5, "every class occurs"
+    words = ("warm", "bright", "large", "left")
+    for label, figure, has in zip(fine.labels, plain.labels, fine.attributes[:, :n].tolist()):
+        named = fine.classes[label].split()
+        assert named[-1] == pd.SHAPES[figure] and [word in named for word in words[:n]] == has and len(named) == n + 1
+    assert pd.load_dataset(name, "test", 8).classes == fine.classes
+
+def test_few_images_of_each_class_are_trained_on_and_all_are_held_out_and_for_the_judge():
+    few, test, whole = pd.load_classes(config(pd, dataset="shapes-40", images_per_class=3))
+    all_, held_out = pd.load_sets(config(pd, dataset="shapes-40"))
+    assert whole.images.equal(all_.images) and test.images.equal(held_out.images)
+    assert torch.bincount(few.labels, minlength=40).equal(torch.bincount(whole.labels, minlength=40).clamp(max=3))
+    first = (whole.labels == whole.labels[0]).nonzero()[:3, 0]
+    assert few.images[few.labels == whole.labels[0]].equal(whole.images[first]) and few.classes == whole.classes
+    assert pd.load_classes(config(pd))[0].images.equal(whole.images)
+
 # Published sets
 
 def test_cifar10_is_read_with_its_channels_rows_and_labels_in_place(tmp_path, any_checksum):
@@ -107,7 +128,7 @@ def test_tiny_imagenet_has_words_for_classes_and_a_tenth_held_out(tmp_path):
     for data in (train, test):
         assert all(near(x, COLOURS[[1, 0, 2][c]]) for x, c in zip(data.images, data.labels))
 
-@pytest.mark.parametrize("name", [name for name in pd.Config.PRESETS if name not in ("shapes", "folder")])
+@pytest.mark.parametrize("name", [name for name in pd.Config.PRESETS if name not in (*pd.FINE, "folder")])
 def test_no_network_is_one_sentence_about_the_set(tmp_path, no_network, name):
     with pytest.raises(pd.Stop, match=f"{name}.*{tmp_path}.*network"):
         pd.load_dataset(name, "train", 32, tmp_path)

@@ -48,7 +48,7 @@ def programme(tmp_path, monkeypatch, pictures):
 
 @pytest.mark.parametrize("left, seconds", [(300, 300 / 3 - 45), (60, 0.05 * 60)])
 def test_steps_follow_from_the_rate_and_the_time_that_is_left(programme, monkeypatch, left, seconds):
-    monkeypatch.setattr(gpu.proto, "load_sets", lambda cfg: [None])
+    monkeypatch.setattr(gpu.proto, "load_classes", lambda cfg: [None] * 3)
     monkeypatch.setattr(gpu.proto, "load_judge", lambda *given: None)
     args = SimpleNamespace(out=programme.out, rehearse=True, data="images")
     for now in (left, 1):                               # a run, and another one later, in another call

@@ -393,6 +393,22 @@ def test_nearest_prototypes_by_hand():
     assert close(distances, [[1, 3, 4.2], [1, 3, 3.8], [4.5, 0.5, 0.7], [4.7, 0.7, 0.1], [5.5, 9.5, 4.5]], 1e-5)
     assert nearest.tolist() == [[0, 0, 1], [1, 1, 1], [0, 0, 1], [1, 1, 1], [1, 1, 0]]
 
+def test_prototypes_start_at_class_means_of_untrained_features_centred(monkeypatch):
+    monkeypatch.setattr(pd, "fit", lambda net, *how: net)
+    data, cfg = pd.make_shapes(60, 16, seed=1), config(pd, start="means", prototypes_per_class=2)
+    data.labels[data.labels == 4] = 3                         # one class has no image
+    data.labels[(data.labels == 7).nonzero()[1:]] = 3         # another has one, for two prototypes
+    learner = pd.learn_prototypes(data, cfg, CPU)
+    z = pd.features_of(learner, data.images, CPU)
+    assert close(z.mean(0), torch.zeros(8), atol=1e-5) and z.std() > 1e-3
+    for label, own in enumerate(learner.prototypes.detach()):
+        mine = z[data.labels == label]
+        if label not in (4, 7):
+            assert close(own, torch.stack([part.mean(0) for part in mine.chunk(2)]), atol=1e-5) and not own[0].equal(own[1])
+    assert not learner.prototypes[4].any() and close(learner.prototypes[7], [[*z[data.labels == 7][0]], [0] * 8], atol=1e-5)
+    other = pd.learn_prototypes(data, config(pd, prototypes_per_class=2), CPU)
+    assert other.prototypes.std().item() == pytest.approx(0.1, rel=0.2)
+
 def test_class_table_keeps_directions_and_sets_the_rms_of_a_random_table():
     prototypes = normal(3, 2, 8) * 5 + 1
     raw, rms = pd.class_table(prototypes, "raw"), pd.class_table(nn.Parameter(prototypes), "rms")

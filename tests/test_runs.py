@@ -523,6 +523,13 @@ def test_each_image_trains_the_nearest_prototype_of_its_class(pd, tmp_path, monk
     assert targets.equal(2 * data.labels + nearest) and 0 < nearest.float().mean() < 1
     assert close(state["model"]["table.weight"], pd.class_table(learners[0].prototypes, "rms"))
 
+def test_a_permuted_table_has_the_same_rows_elsewhere_and_images_keep_theirs(pd, tmp_path):
+    plain, permuted = (begun(pd, tmp_path / str(i), permuted=i) for i in (False, True))
+    rows, moved = (state["model"]["table.weight"] for state in (plain, permuted))
+    assert not rows.equal(moved) and rows.sort(0).values.equal(moved.sort(0).values)
+    assert all((rows == row).all(1).any() for row in moved), "rows move as wholes"
+    assert plain["known"]["targets"].equal(permuted["known"]["targets"])
+
 def test_samples_show_the_labels_asked_for(pd, done, tmp_path, capsys):
     assert pd.main([*flags(sample=done, num_samples=5, out=tmp_path / "s"), "--labels=star, 3"]) == 0
     labels = samples(tmp_path / "s")[1]
