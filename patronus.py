@@ -1627,7 +1627,7 @@ def draw_grid(path, images, rows, title, columns=(), size=0.55):
     n = len(images) // len(rows)
     centres = (np.arange(max(n, len(rows))) + 0.5) * (images.shape[-1] + 1)
     tiles = torchvision.utils.make_grid(images, n, padding=1, pad_value=255)
-    left = max(1.5, 0.1 * max(map(len, rows)))          # inches for their names
+    left = max(1.5, 0.3 + 0.1 * max(map(len, rows)))    # inches for their names
     with drawing(path, left + size * n, 0.7 + size * len(rows)) as fig:
         axes = fig.subplots()
         axes.imshow(tiles.permute(1, 2, 0), interpolation="nearest")

@@ -10,7 +10,7 @@ import torchvision
 from PIL import Image
 
 import protodiffusion as pd
-from conftest import CPU, config
+from conftest import CPU, args, checkpoint, config
 
 COLOURS = [(200, 30, 30), (30, 200, 30), (30, 30, 200), (200, 200, 30), (30, 200, 200), (200, 30, 200)]
 
@@ -95,6 +95,13 @@ def test_few_images_of_each_class_are_trained_on_and_all_are_held_out_and_for_th
     first = (whole.labels == whole.labels[0]).nonzero()[:3, 0]
     assert few.images[few.labels == whole.labels[0]].equal(whole.images[first]) and few.classes == whole.classes
     assert pd.load_classes(config(pd))[0].images.equal(whole.images)
+
+def test_samples_of_a_run_with_few_images_are_judged_by_all(tmp_path, monkeypatch):
+    given, load = [], pd.load_judge
+    monkeypatch.setattr(pd, "load_judge", lambda cfg, data, device: given.append(len(data.images)) or load(cfg, data, device))
+    out = tmp_path / "run"
+    assert pd.main(args(pd, data_dir=tmp_path, out=out, images_per_class=2, eval_every=3, prototypes="random")) == 0
+    assert given == [200] * 3 and len(checkpoint(out)["known"]["targets"]) == 20
 
 # Published sets
 
