@@ -75,8 +75,8 @@ class Config:
     images_per_class: int = 0       # training images of each class; 0: all
     # prototypes (stage 1)
     prototypes: Literal["random", "frozen", "unfrozen"] = "unfrozen"    # how the class table starts
-    start: Literal["random", "means"] = "random"    # of stage 1: prototypes at 0, or at class means
-    permuted: bool = False          # a control: rows change places, so that neighbours are wrong
+    start: Literal["random", "means"] = "random"    # of prototypes: N(0, 0.01), or class means
+    permuted: bool = False          # a control: rows go to other classes, whose likes they are not
     scale: Literal["rms", "raw"] = "rms"    # prototypes at the RMS of a random table, or as learned
     prototype_dim: int = 64         # D, numbers in a prototype
     prototypes_per_class: int = 1   # K, prototypes for each class
@@ -960,13 +960,15 @@ def nearest_prototypes(z, prototypes):
 
 @torch.no_grad()
 def start_at_class_means(learner, data, device):
-    """Centre the untrained features of `data`, and set the prototypes to their class means; K of a
-    class to the means of K parts of its images. choice: so classes that look alike start close."""
-    z = features_of(learner, data.images, device).to(device)
+    """Centre the untrained features of `data`, and set the prototypes [C, K, D] to their class
+    means; K of a class to those of K parts of its images. choice: so classes that look alike start
+    close. An odd image is left out, since batch norm cannot take a last batch of one."""
+    n = len(data.images) // 2 * 2 or 1
+    z = features_of(learner, data.images[:n], device).to(device)            # [N, D]
     learner[-1].bias -= z.mean(0)
     z -= z.mean(0)
     for label, own in enumerate(learner.prototypes):    # [K, D]
-        parts = z[data.labels == label].tensor_split(len(own))
+        parts = z[data.labels[:n] == label].tensor_split(len(own))
         own.copy_(torch.stack([part.mean(0) for part in parts]).nan_to_num())       # of no image: 0
 
 def load_classes(cfg):

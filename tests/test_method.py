@@ -406,6 +406,7 @@ def test_prototypes_start_at_class_means_of_untrained_features_centred(monkeypat
         if label not in (4, 7):
             assert close(own, torch.stack([part.mean(0) for part in mine.chunk(2)]), atol=1e-5) and not own[0].equal(own[1])
     assert not learner.prototypes[4].any() and close(learner.prototypes[7], [[*z[data.labels == 7][0]], [0] * 8], atol=1e-5)
+    pd.learn_prototypes(pd.make_shapes(501, 8), config(pd, start="means", image_size=8), CPU)      # 500, and one
     other = pd.learn_prototypes(data, config(pd, prototypes_per_class=2), CPU)
     assert other.prototypes.std().item() == pytest.approx(0.1, rel=0.2)
 
