@@ -290,13 +290,12 @@ class Patronus(nn.Module):
         return dict(loss=weighted.mean() + total, diffusion=errors.mean(), **penalties,
                     spread_of_s=s.std(0, correction=0).mean())
 
-    def param_groups(self, cfg):
-        """For `train`: lr is factor * cfg.lr, but 0 before the fraction `start` of the steps."""
+    def param_groups(self):
+        """Groups whose gradients are clipped apart: the encoder's, and the denoiser's."""
         encoder = [*self.encoder.parameters(), *self.whole.parameters(), self.prototypes]
         parts = (self.unet, self.mlp, self.sketch)
         network = [p for part in parts if part for p in part.parameters()]
-        return [dict(params=encoder, factor=1.0, start=0.0),
-                dict(params=network, factor=1.0, start=0.0)]
+        return [dict(params=encoder), dict(params=network)]
 
     @torch.no_grad()
     def begin(self, cfg, sets, folder, device):
@@ -672,7 +671,7 @@ def train(cfg, sets, folder, device):
     images = place_images(sets[0].images, device)
     abar = alpha_bars(cfg.timesteps).to(device)
     model = placed(cfg.build(known), device)
-    optimizer = torch.optim.AdamW(model.param_groups(cfg), betas=(0.9, 0.95),       # choice: 0.95
+    optimizer = torch.optim.AdamW(model.param_groups(), betas=(0.9, 0.95),  # choice: 0.95
                                   weight_decay=cfg.weight_decay, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype(device, cfg.amp) is torch.float16)
     parts = dict(model=model, average=run.model, optimizer=optimizer, scaler=scaler)
@@ -686,8 +685,7 @@ def train(cfg, sets, folder, device):
         for step in range(run.step, cfg.steps):
             clock = time.perf_counter()
             for group in optimizer.param_groups:
-                moves = step >= round(group["start"] * cfg.steps)
-                group["lr"] = learning_rate(step, cfg) * group["factor"] * moves
+                group["lr"] = learning_rate(step, cfg)
             for i, batch in enumerate(random_batches(cfg, images, known["targets"], step, device)):
                 net.require_backward_grad_sync = i == cfg.accumulate - 1    # sync once a step
                 with autocast(device, cfg.amp):
@@ -2294,7 +2292,7 @@ def read_settings(given):
           "--batch-size does not divide by the processes times the passes (--accumulate)")
     alpha_bars(cfg.timesteps)                           # raises Stop if they are too few
     check(cfg.sample_steps <= cfg.timesteps, "--sample-steps cannot be more than --timesteps")
-    for name in ("dropout", "warmup", "null_prob", "unfreeze_at", "hide", "bias", "emphasis"):
+    for name in ("dropout", "warmup", "null_prob", "hide", "bias", "emphasis"):
         check(getattr(cfg, name, 0) <= 1, f"--{name.replace('_', '-')} cannot be more than 1")
     return cfg
 

@@ -269,9 +269,9 @@ class Unconditional(nn.Module):
     def forward(self, batch, abar, cfg):
         return {"loss": noise_loss(self.denoise, batch.x0, batch.target, batch.t, batch.eps, abar)}
 
-    def param_groups(self, cfg):        # by parts, clipped apart; rate: lr * factor from start on
+    def param_groups(self):             # parts whose gradients are clipped apart
         parts = [[*self.parameters(recurse=False)], *([*p.parameters()] for p in self.children())]
-        return [dict(params=part, factor=1.0, start=0.0) for part in parts if part]
+        return [dict(params=part) for part in parts if part]
 
     def begin(self, cfg, sets, folder, device):
         """Before step 0 -> dict for run.known: targets [N], labels or -1; figures (numbers)."""
@@ -662,7 +662,7 @@ def train(cfg, sets, folder, device):
     images = place_images(sets[0].images, device)
     abar = alpha_bars(cfg.timesteps).to(device)
     model = placed(cfg.build(known), device)
-    optimizer = torch.optim.AdamW(model.param_groups(cfg), betas=(0.9, 0.95),       # choice: 0.95
+    optimizer = torch.optim.AdamW(model.param_groups(), betas=(0.9, 0.95),  # choice: 0.95
                                   weight_decay=cfg.weight_decay, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype(device, cfg.amp) is torch.float16)
     parts = dict(model=model, average=run.model, optimizer=optimizer, scaler=scaler)
@@ -676,8 +676,7 @@ def train(cfg, sets, folder, device):
         for step in range(run.step, cfg.steps):
             clock = time.perf_counter()
             for group in optimizer.param_groups:
-                moves = step >= round(group["start"] * cfg.steps)
-                group["lr"] = learning_rate(step, cfg) * group["factor"] * moves
+                group["lr"] = learning_rate(step, cfg)
             for i, batch in enumerate(random_batches(cfg, images, known["targets"], step, device)):
                 net.require_backward_grad_sync = i == cfg.accumulate - 1    # sync once a step
                 with autocast(device, cfg.amp):
@@ -1919,7 +1918,7 @@ def read_settings(given):
           "--batch-size does not divide by the processes times the passes (--accumulate)")
     alpha_bars(cfg.timesteps)                           # raises Stop if they are too few
     check(cfg.sample_steps <= cfg.timesteps, "--sample-steps cannot be more than --timesteps")
-    for name in ("dropout", "warmup", "null_prob", "unfreeze_at", "hide", "bias", "emphasis"):
+    for name in ("dropout", "warmup", "null_prob", "hide", "bias", "emphasis"):
         check(getattr(cfg, name, 0) <= 1, f"--{name.replace('_', '-')} cannot be more than 1")
     return cfg
 

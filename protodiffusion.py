@@ -83,8 +83,6 @@ class Config:
     learner_steps: int = 400        # steps of stage 1, of 128 images each
     learner_width: int = 16         # channels of its first layers; 64: ResNet-18
     imagenet: bool = False          # start stage 1 (of width 64) from ImageNet weights (paper)
-    unfreeze_at: float = 0.0        # fraction of training before prototypes move
-    prototype_lr: float = 1.0       # learning rate of prototypes, as a factor of --lr
     # network and process (stage 2)
     channels: int = 48              # channels of the U-Net's first level, a multiple of 4
     multipliers: str = "1,1"        # channel factor of each level of the U-Net
@@ -207,11 +205,10 @@ class ProtoDiffusion(nn.Module):
         row = torch.where(batch.chance < cfg.null_prob, -1, batch.target)
         return {"loss": noise_loss(self.denoise, batch.x0, row, batch.t, batch.eps, abar)}
 
-    def param_groups(self, cfg):
-        """The table has its own rate, 0 before cfg.unfreeze_at; if frozen it has no gradient."""
+    def param_groups(self):
+        """Groups whose gradients are clipped apart. A frozen table has no gradient."""
         network = [*self.unet.parameters(), *self.mlp.parameters()]
-        return [dict(params=network, factor=1.0, start=0.0),
-                dict(params=[self.table.weight], factor=cfg.prototype_lr, start=cfg.unfreeze_at)]
+        return [dict(params=network), dict(params=[self.table.weight])]
 
     def begin(self, cfg, sets, folder, device):
         """Before step 0: stage 1, the table -> dict for run.known: figures (numbers); targets [N],
@@ -542,7 +539,7 @@ def train(cfg, sets, folder, device):
     images = place_images(sets[0].images, device)
     abar = alpha_bars(cfg.timesteps).to(device)
     model = placed(cfg.build(known), device)
-    optimizer = torch.optim.AdamW(model.param_groups(cfg), betas=(0.9, 0.95),       # choice: 0.95
+    optimizer = torch.optim.AdamW(model.param_groups(), betas=(0.9, 0.95),  # choice: 0.95
                                   weight_decay=cfg.weight_decay, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype(device, cfg.amp) is torch.float16)
     parts = dict(model=model, average=run.model, optimizer=optimizer, scaler=scaler)
@@ -556,8 +553,7 @@ def train(cfg, sets, folder, device):
         for step in range(run.step, cfg.steps):
             clock = time.perf_counter()
             for group in optimizer.param_groups:
-                moves = step >= round(group["start"] * cfg.steps)
-                group["lr"] = learning_rate(step, cfg) * group["factor"] * moves
+                group["lr"] = learning_rate(step, cfg)
             for i, batch in enumerate(random_batches(cfg, images, known["targets"], step, device)):
                 net.require_backward_grad_sync = i == cfg.accumulate - 1    # sync once a step
                 with autocast(device, cfg.amp):
@@ -1651,7 +1647,7 @@ def read_settings(given):
           "--batch-size does not divide by the processes times the passes (--accumulate)")
     alpha_bars(cfg.timesteps)                           # raises Stop if they are too few
     check(cfg.sample_steps <= cfg.timesteps, "--sample-steps cannot be more than --timesteps")
-    for name in ("dropout", "warmup", "null_prob", "unfreeze_at", "hide", "bias", "emphasis"):
+    for name in ("dropout", "warmup", "null_prob", "hide", "bias", "emphasis"):
         check(getattr(cfg, name, 0) <= 1, f"--{name.replace('_', '-')} cannot be more than 1")
     return cfg
 

@@ -64,7 +64,7 @@ def training(script, cfg, model, known, device):
     targets = torch.zeros(len(images), dtype=torch.int64)
     abar = script.alpha_bars(cfg.timesteps).to(device)
     average = copy.deepcopy(model).eval().requires_grad_(False)
-    optimizer = torch.optim.AdamW(model.train().param_groups(cfg), lr=1e-4, fused=True)
+    optimizer = torch.optim.AdamW(model.train().param_groups(), lr=1e-4, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=script.amp_dtype(device, cfg.amp) is torch.float16)
     count = itertools.count()
 

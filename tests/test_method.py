@@ -473,12 +473,12 @@ def test_no_class_contributes_nothing_whatever_the_table_holds_and_every_class_l
         after = model.denoise(x, t, row)
     assert close(after[:2], before[:2], 1e-5) and not close(after[2:], before[2:], 1e-3)
 
-@pytest.mark.parametrize("prototypes, moves_at", [("unfrozen", [3, 4]), ("frozen", [])])
-def test_unfrozen_prototypes_move_from_the_asked_step_on(tmp_path, monkeypatch, prototypes, moves_at):
-    cfg = config(pd, prototypes=prototypes, unfreeze_at=0.5, prototype_lr=0.25, steps=4, save_every=9)
-    sets, tables, rates = pd.load_sets(cfg), [], []
+@pytest.mark.parametrize("prototypes, moves", [("unfrozen", True), ("frozen", False)])
+def test_unfrozen_prototypes_train_at_every_step_and_frozen_ones_stay(tmp_path, monkeypatch, prototypes, moves):
+    cfg = config(pd, prototypes=prototypes, steps=4, save_every=9)
+    sets, tables, rates, update, step = pd.load_sets(cfg), [], [], pd.update_average, pd.safe_step
     pd.new_run(cfg, sets, tmp_path, CPU)
-    start, update, step = checkpoint(tmp_path)["model"], pd.update_average, pd.safe_step
+    start = checkpoint(tmp_path)["model"]
 
     def note_table(average, model, n):
         tables.append(model.table.weight.detach().clone())
@@ -490,11 +490,11 @@ def test_unfrozen_prototypes_move_from_the_asked_step_on(tmp_path, monkeypatch, 
     monkeypatch.setattr(pd, "update_average", note_table)
     monkeypatch.setattr(pd, "safe_step", note_rates)
     pd.train(cfg, sets, tmp_path, CPU)
-    steps = enumerate(itertools.pairwise([start["table.weight"], *tables]), 1)
-    assert [i for i, (a, b) in steps if not a.equal(b)] == moves_at, "train: a group's rate is zero before its start"
-    assert close(rates[0][0], pd.learning_rate(0, cfg)) and close(rates[3][1], rates[3][0] * 0.25)
+    assert rates == [[pd.learning_rate(i, cfg)] * 2 for i in range(4)]
+    steps = itertools.pairwise([start["table.weight"], *tables])
+    assert [not a.equal(b) for a, b in steps] == [moves] * 4
     still = {name for name, value in checkpoint(tmp_path)["model"].items() if value.equal(start[name])}
-    assert still == {"table.weight"} - ({"table.weight"} if moves_at else set()), "all else trains"
+    assert still == (set() if moves else {"table.weight"}), "all else trains"
 
 def test_the_class_is_hidden_where_chance_is_below_null_prob():
     (model, cfg, eps, _), rows = small_model(), []

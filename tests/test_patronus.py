@@ -205,7 +205,7 @@ def test_the_noise_loss_trains_all_parts_jointly_but_the_latent_model():
         assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
     reached = {name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
     expected = dict(encoder=0, whole=0, prototypes=0, mlp=1, sketch=1, unet=1)                     # clipped apart
-    groups = {id(p): i for i, group in enumerate(model.param_groups(settings())) for p in group["params"]}
+    groups = {id(p): i for i, group in enumerate(model.param_groups()) for p in group["params"]}
     assert all(groups.get(id(p)) == expected.get(name.split(".")[0]) for name, p in model.named_parameters())
     assert reached == set(expected)
 

@@ -72,7 +72,7 @@ def test_variants_start_with_the_same_unet_and_train_every_weight(tmp_path):
     models = [trained(tmp_path, steps=0, **changes)[0] for changes in variants]
     for model in models:
         assert all(p.equal(q) for p, q in zip(model.unet.parameters(), models[0].unet.parameters()))
-        groups = [{id(p) for p in group["params"]} for group in model.param_groups(config())]
+        groups = [{id(p) for p in group["params"]} for group in model.param_groups()]
         assert sorted(p for group in groups for p in group) == sorted(id(p) for p in model.parameters())
         assert {id(p) for p in model.unet.parameters()} in groups, "the U-Net's gradient is clipped apart"
     assert models[2].prototypes.shape == (10, 8) and 0.09 < models[2].prototypes.abs().max() <= 0.1
