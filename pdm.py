@@ -326,7 +326,8 @@ class PDM(Unconditional):
         contrastive; alignment; without labels, compactness. With two views (never of labels) z and
         e have length 1, f_phi sees x0 and the views as one batch, all three enter swapped_loss.
         Training counts k. Statistics: variance_of_z, over the batch (biased), summed over D;
-        usage_perplexity, exp(entropy), 1 to K; dead_prototypes, used under 1 % of the mean."""
+        usage_perplexity, exp(entropy), 1 to K; dead_prototypes, used under 1 % of the mean. In
+        float32, also where the caller computes in 16 bits."""
         with torch.autocast(x0.device.type, enabled=False):     # float32: BatchNorm would keep inf
             views = [x0, random_view(x0, cfg), random_view(x0, cfg)] if self.two_views else [x0]
             z_views = self.normed(self.encoder(torch.cat(views))).split(len(x0))

@@ -1,168 +1,260 @@
 """Hand the project out as exercises: a copy in which chosen functions have a docstring and no body.
 
-    python tests/assignment.py --list                               # the exercises, and the scripts that hold them
+    python tests/assignment.py --list                               # the exercises; in a handout: how far each is
     python tests/assignment.py --out handout                        # a handout with all of them
     python tests/assignment.py --out handout add_noise dce_loss     # or with these
     python -m pytest handout/tests -k add_noise                     # judges one, in a handout or in the project
+    python tests/assignment.py --copy add_noise                     # in a handout: to the other scripts that hold it
+    python tests/assignment.py --mark SUBMISSIONS --points FILE --out MARKS     # see marking.py
 
 An exercise is a function or method of a script with the line `# exercise` above it. A function that several scripts
-share is taken out of all of them; the tests judge the first, and that the others have the same text or none yet. The
-originals stay where they are, which makes them the solution; handout.json says what was taken out.
+share is taken out of all of them; it is judged where it is written first. The originals stay where they are, which
+makes them the solution; handout.json says what was taken out.
 """
 import argparse
 import ast
-import functools
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = [ROOT / f"{name}.py" for name in ("protodiffusion", "pdm", "patronus") if (ROOT / f"{name}.py").exists()]
-COPIED = ("protodiffusion.py", "pdm.py", "patronus.py", "tutorial.ipynb", "README.md", "LICENSE", "requirements.txt",
-          "pytest.ini", ".gitignore", "assets/*.png", "tests/*.py")
+COPIED = ("protodiffusion.py", "pdm.py", "patronus.py", "tutorial.ipynb", "LICENSE", "requirements.txt", "pytest.ini",
+          ".gitignore", "assets/*.png", "tests/assignment.py", "tests/conftest.py", "tests/test_exercises.py", "tests/recorded.json")
 
-# Name: what to look at when a test fails, and the tests that judge it, which need no other exercise unless it says so.
+class Exercise(NamedTuple):
+    level: int                      # 1 to 3
+    minutes: int                    # with the paper at hand
+    source: str                     # the equation
+    needs: str                      # exercises that it calls
+    hint: str                       # what to look at when the judge says no
+
 EXERCISES = {
-    "add_noise": ("sqrt(abar) weighs the image, sqrt(1 - abar) the noise; each image has its own t: abar[t] is [B]",
-        "test_noised_images_have_the_mean_and_spread_of_the_forward_process",
-        "test_every_image_is_noised_at_its_own_level"),
-    "noise_loss": ("model(xt, t, condition); a mean over images, channels and pixels. It needs add_noise",
-        "test_noise_loss_is_the_mean_squared_error_over_all_elements"),
-    "guided_noise": ("w = 0 is the conditional model: weights 1 + w and -w; one call with 2 B images, B if w = 0",
-        "test_guidance_extrapolates_from_null_to_class_in_one_doubled_batch",
-        "test_no_guidance_is_one_call_of_the_plain_batch"),
-    "ddim_step": ("the variance that sigma takes from the predicted noise comes back as noise; a, a_next are abar",
-        "test_ddim_step_weighs_image_prediction_and_noise", "test_ddpm_step_is_ddim_step_at_eta_one"),
-    "dpmpp_step": ("lambda grows towards the image: mind the signs; the first and the last step are of first order",
-        "test_first_dpmpp_step_is_ddim_and_the_second_uses_the_step_before"),
-    "frechet_distance": ("S1 and S2 do not commute; without full rank, rounding makes eigenvalues negative",
-        "test_frechet_distance_of_known_gaussians", "test_frechet_distance_where_covariances_do_not_commute",
-        "test_frechet_distance_is_zero_for_equals_even_if_rank_deficient"),
-    "dce_loss": ("one softmax over all C K prototypes, then sums within classes; in logarithms, or 900 overflows",
-        "test_dce_loss_by_hand_sums_the_prototypes_of_a_class",
-        "test_dce_gradient_is_the_softmax_minus_the_share_within_the_class"),
-    "prototype_loss": ("of the own class alone, and of its K prototypes only the nearest; d is squared already",
-        "test_prototype_loss_pulls_only_the_nearest_prototype_of_the_own_class"),
-    "contrastive_loss": ("near is likely, so distances enter with a minus; tau sharpens",
-        "test_contrastive_loss_is_the_cross_entropy_of_negative_distances",
-        "test_contrastive_gradient_draws_z_to_its_prototype_and_pushes_the_others"),
-    "alignment_loss": ("mean over B and D, not sum; nothing is detached, so features and prototypes both move",
-        "test_alignment_loss_is_a_mean_over_elements_that_moves_features_and_prototypes"),
-    "compactness_loss": ("cosines: no lengths; squared: opposite is as bad as equal; each pair twice, no diagonal",
-        "test_compactness_loss_is_the_sum_of_squared_cosines_off_the_diagonal",
-        "test_compactness_gradient_turns_prototypes_apart"),
-    "balanced_assignment": ("in a round columns come first and rows last; three rounds, or as many as are asked for",
-        "test_a_balanced_assignment_scales_columns_and_then_rows_three_times",
-        "test_in_the_limit_prototypes_receive_equal_shares_and_sums_with_rows_or_columns_change_nothing"),
-    "swapped_loss": ("q of each other view; in_all_processes: own rows begin at RANK * B. It needs balanced_assignment",
-        "test_each_view_predicts_what_is_assigned_to_the_others",
-        "test_the_second_of_two_processes_assigns_the_images_of_both_and_learns_from_its_own"),
-    "PrototypeAttention.forward": ("softmax over the n tokens, not the pixels; heads are slices of C / heads channels",
-        "test_one_key_adds_the_same_vector_at_every_pixel_whatever_they_hold",
-        "test_one_key_gives_the_queries_no_gradient",
-        "test_several_keys_are_a_plain_softmax_and_differ_from_pixel_to_pixel",
-        "test_the_bias_raises_the_weight_of_the_chosen_key"),
-    "PDM.learn": ("nearest to the clean image, or label; s-PDM: no compactness; count once, then p. It needs losses",
-        "test_pdm_chooses_the_nearest_prototype_and_s_pdm_the_labels",
-        "test_learn_gives_the_losses_of_the_choice_with_its_sharpness",
-        "test_with_two_views_directions_count_the_clean_image_chooses_and_all_three_are_swapped",
-        "test_learn_stays_in_float32_under_mixed_precision", "test_statistics_by_hand",
-        "test_usage_is_a_moving_average_of_the_choices_in_training_and_of_no_others"),
-    "receptive_field": ("kernel and padding count in steps of the layers before; strides multiply later steps",
-        "test_receptive_field_of_padded_layers_by_hand", "test_every_patch_is_where_the_gradient_is_and_inside_the_image"),
-    "patch_distances": ("squared, for each patch and prototype: [B, m, h, w]; at least 0; float32 under autocast",
-        "test_patch_distances_by_an_explicit_loop",
-        "test_patch_distances_are_never_negative_and_float32_under_autocast"),
-    "activation": ("large where the distance is small: 9.2 at d = 0; d is squared already",
-        "test_activation_by_hand"),
-    "invert": ("from the clean image, abar = 1, to the noisiest level; the network is told the t of the current x",
-        "test_inversion_at_one_step_and_the_order_of_levels"),
-    "auroc": ("ties count half; only the order of the scores matters; NaN if one kind is missing",
-        "test_auroc_by_hand", "test_auroc_by_counting_pairs"),
-    "spherical": ("the angle between two vectors as long as the image has numbers; do not divide by almost 0",
-        "test_spherical_interpolation_by_hand", "test_spherical_interpolation_between_parallel_noise_is_linear"),
-    "choose_movers": ("0.1 tells a trait as well as 0.9; the n best for b go first, then the n best for a of the rest",
-        "test_movers_are_the_best_for_a_without_the_best_for_b"),
+    "add_noise": Exercise(1, 10, "DDPM eq. 4", "",
+        "sqrt(abar) weighs the image, sqrt(1 - abar) the noise; each image has its own t: abar[t] is [B]"),
+    "noise_loss": Exercise(1, 10, "DDPM eq. 14", "add_noise",
+        "model(xt, t, condition); a mean over images, channels and pixels, in float32"),
+    "guided_noise": Exercise(2, 20, "Ho & Salimans eq. 6", "",
+        "w = 0 is the conditional model: weights 1 + w and -w; one call with 2 B images, B if w = 0"),
+    "ddim_step": Exercise(2, 25, "DDIM eq. 12, 16", "",
+        "the variance that sigma takes from the predicted noise comes back as noise; a, a_next are abar"),
+    "dpmpp_step": Exercise(3, 40, "DPM-Solver++ alg. 2", "",
+        "lambda grows towards the image: mind the signs; the first and the last step are of first order"),
+    "frechet_distance": Exercise(2, 25, "Heusel eq. 6", "",
+        "S1 and S2 do not commute; without full rank, rounding makes eigenvalues negative"),
+    "dce_loss": Exercise(2, 20, "Yang eq. 6-8", "",
+        "one softmax over all C K prototypes, then sums within classes; in logarithms, or 900 overflows"),
+    "prototype_loss": Exercise(1, 15, "Yang eq. 9", "",
+        "of the own class alone, and of its K prototypes only the nearest; d is squared already"),
+    "contrastive_loss": Exercise(1, 10, "PDM", "", "near is likely, so distances enter with a minus; tau sharpens"),
+    "alignment_loss": Exercise(1, 10, "PDM", "",
+        "mean over B and D, not sum; nothing is detached, so features and prototypes both move"),
+    "compactness_loss": Exercise(1, 15, "PDM", "",
+        "cosines: no lengths; squared: opposite is as bad as equal; each pair twice, no diagonal"),
+    "balanced_assignment": Exercise(2, 20, "Cuturi; SwAV", "",
+        "in a round columns come first and rows last; three rounds, or as many as are asked for"),
+    "swapped_loss": Exercise(3, 35, "SwAV eq. 1-2", "balanced_assignment",
+        "q of each other view; in_all_processes: own rows begin at RANK * B"),
+    "PrototypeAttention.forward": Exercise(2, 35, "PDM, attention", "",
+        "softmax over the n tokens, not the pixels; heads are slices of C / heads channels"),
+    "PDM.learn": Exercise(3, 60, "PDM, algorithm",
+        "contrastive_loss, alignment_loss, compactness_loss, swapped_loss",
+        "nearest to the clean image, or label; s-PDM: no compactness; count once, then p"),
+    "receptive_field": Exercise(2, 25, "", "",
+        "kernel and padding count in steps of the layers before; strides multiply later steps"),
+    "patch_distances": Exercise(2, 25, "ProtoPNet", "",
+        "squared, for each patch and prototype: [B, m, h, w]; at least 0; float32 under autocast"),
+    "activation": Exercise(1, 5, "ProtoPNet", "", "large where the distance is small: 9.2 at d = 0; d is squared already"),
+    "invert": Exercise(3, 35, "DDIM section 4.3", "",
+        "from the clean image, abar = 1, to the noisiest level; the network is told the t of the current x"),
+    "spherical": Exercise(1, 15, "Shoemake", "",
+        "the angle between two vectors as long as the image has numbers; do not divide by almost 0"),
+    "auroc": Exercise(2, 25, "", "", "ties count half; only the order of the scores matters; NaN if one kind is missing"),
+    "choose_movers": Exercise(2, 20, "Patronus", "auroc",
+        "0.1 tells a trait as well as 0.9; the n best for b go first, then the n best for a of the rest"),
 }
 
 class Stop(Exception):
     """What only the person at the keyboard can put right: one sentence, and exit status 2."""
 
-@functools.cache
-def functions(text):
-    """Functions by name and methods as Class.method of a script's text -> name: ast node."""
-    body = ast.parse(text).body
-    found = {node.name: node for node in body if isinstance(node, ast.FunctionDef)}
-    return found | {f"{c.name}.{node.name}": node for c in body if isinstance(c, ast.ClassDef)
-                    for node in c.body if isinstance(node, ast.FunctionDef)}
+class Place(NamedTuple):
+    """Where a script's text holds an exercise. Lines count from 1, as in an editor."""
+    script: str                     # name of the file
+    line: int                       # of its def
+    begin: int                      # the last line of its docstring
+    end: int                        # the last line of its body
+    docstring: str
+    body: str                       # without indentation; empty while it is not written
+    error: str                      # why it cannot be read
 
-def marked(text):
-    """The functions with the mark above their def and its decorators -> name: ast node, in the script's order."""
-    lines = text.split("\n")
-    return {name: node for name, node in functions(text).items()
-            if lines[min([node.lineno, *(d.lineno for d in node.decorator_list)]) - 2].strip() == "# exercise"}
+def stub(name):
+    return f'raise NotImplementedError("{name} is an exercise: pytest tests -k {name}")'
 
-def places():
-    """Where the exercises are -> name: [(script, line of the def, first line of the docstring)]."""
-    found = {}
-    for path in SCRIPTS:
-        for name, node in marked(path.read_text(encoding="utf-8")).items():
-            found.setdefault(name, []).append((path.name, node.lineno, (ast.get_docstring(node) or "").split("\n")[0]))
+def read(path):
+    return path.read_text(encoding="utf-8")
+
+def without_indent(lines):
+    least = min((len(line) - len(line.lstrip()) for line in lines if line.strip()), default=0)
+    return "\n".join(line[least:].rstrip() for line in lines)
+
+def blocks(text):
+    """Marked functions of a text, some of which may not be Python -> name: (line of def, last of docstring, of body)."""
+    lines, owner, found = text.split("\n"), "", {}
+    for i, row in enumerate(lines):
+        if match := re.match(r"(class|def) (\w+)", row):
+            owner = f"{match[2]}." if match[1] == "class" else ""
+        if row.strip() != "# exercise":
+            continue
+        line = next((j for j in range(i + 1, len(lines)) if not lines[j].strip().startswith("@")), i)
+        match = re.match(r"( *)def (\w+)\(", lines[line])
+        if not match:
+            continue
+        inside = line + 1
+        while inside < len(lines) and (not lines[inside].strip() or lines[inside].startswith(match[1] + " ")):
+            inside += 1
+        end = max(j for j in range(line, inside) if lines[j].strip()) + 1
+        quotes = [j for j in range(line + 1, end) for _ in range(lines[j].count('"""'))]
+        documented = quotes[:1] == [line + 1] and len(quotes) > 1
+        found[(owner if match[1] else "") + match[2]] = line + 1, quotes[1] + 1 if documented else line + 1, end
     return found
 
-def without_bodies(text, names):
-    """A script's text in which nothing but the docstring is left of the exercises `names`."""
+def exercises_in(path):
+    """The exercises that a script holds, even if some of it is not Python -> name: Place."""
+    text = read(path)
+    lines, found = text.split("\n"), {}
+    for name, (line, begin, end) in blocks(text).items():
+        body, error = without_indent(lines[begin:end]).strip("\n"), ""
+        try:
+            ast.parse(without_indent(lines[line - 1:end]))
+        except SyntaxError as fault:
+            body, error = "", f"{path.name}, line {line - 1 + (fault.lineno or 1)}: {fault.msg}"
+        if re.fullmatch(r'raise NotImplementedError\("[^"]*is an exercise[^"]*"\)', body):
+            body = ""
+        docstring = without_indent(lines[line:begin]).strip('" ')
+        found[name] = Place(path.name, line, begin, end, docstring, body, error)
+    return found
+
+def places(name):
+    """Where an exercise is, in the scripts' order -> list of Place."""
+    return [held[name] for held in map(exercises_in, SCRIPTS) if name in held]
+
+def judged_in(name):
+    """The script that an exercise is judged in, or None; and why not."""
+    held = places(name)
+    for place in held:
+        if place.body:
+            return place.script[:-3], ""
+    faults = [place.error for place in held if place.error]
+    if faults:
+        return None, f"{name} cannot be read: {faults[0]}"
+    where = ", ".join(f"{place.script}:{place.line}" for place in held)
+    return None, f"NotImplementedError: {name} is an exercise, and not written yet: {where}"
+
+def with_body(text, name, body):
+    """A script's text in which the body of an exercise is another."""
     lines = text.split("\n")
-    for name, node in sorted(marked(text).items(), key=lambda item: -item[1].lineno):    # from the end: lines stay put
-        docstring = node.body[0]
-        stub = f'raise NotImplementedError("{name} is an exercise: pytest tests -k {name}")'
-        if name in names:
-            lines[docstring.end_lineno:node.end_lineno] = [" " * docstring.col_offset + stub]
+    line, begin, end = blocks(text)[name]
+    indent = " " * (lines[line - 1].index("def") + 4)
+    lines[begin:end] = [indent + row if row else row for row in body.split("\n")]
     return "\n".join(lines)
 
 def taken_out(root):
     """The names of the exercises that were taken out of the project in the folder `root`; none if it is no handout."""
     path = Path(root) / "handout.json"
-    return set(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else set()
+    return set(json.loads(read(path))) if path.exists() else set()
+
+def for_students(readme):
+    """The README without what it says for teachers."""
+    return re.sub(r"^### For teachers\n.*?(?=^## )", "", readme, flags=re.MULTILINE | re.DOTALL)
 
 def hand_out(out, names):
     """Copy the project into the folder `out`, without the bodies of the exercises `names`. Stop if it is not empty."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise Stop(f"{out} is there already: choose a folder that is new or empty")
-    for path in sorted(path for pattern in COPIED for path in ROOT.glob(pattern) if path.name != "test_assignment.py"):
+    for path in sorted(path for pattern in COPIED for path in ROOT.glob(pattern)):
         copy = out / path.relative_to(ROOT)
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, copy)
         if path in SCRIPTS:
-            copy.write_text(without_bodies(path.read_text(encoding="utf-8"), names), encoding="utf-8", newline="\n")
-    content = {name: [script for script, *_ in held] for name, held in places().items() if name in names}
+            text = read(path)
+            for name in set(names) & set(exercises_in(path)):
+                text = with_body(text, name, stub(name))
+            copy.write_text(text, encoding="utf-8", newline="\n")
+    (out / "README.md").write_text(for_students(read(ROOT / "README.md")), encoding="utf-8", newline="\n")
+    content = {name: [place.script for place in places(name)] for name in names}
     (out / "handout.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+def state(name):
+    """In a handout: how far an exercise is, in words."""
+    held = places(name)
+    written = [place.script for place in held if place.body]
+    if faults := [place.error for place in held if place.error]:
+        return f"cannot be read: {faults[0]}"
+    if not written:
+        return "to do"
+    rest = [place.script for place in held if not place.body]
+    return f"written in {written[0]}; --copy {name} puts it into {', '.join(rest)}" if rest else "written"
+
+def print_list():
+    missing = taken_out(ROOT)
+    for name in missing or EXERCISES:
+        e, held = EXERCISES[name], places(name)
+        line = (held[0].docstring or "").split("\n")[0]
+        print(f"{name:27}{'*' * e.level:4}{e.minutes:3} min  {', '.join(place.script for place in held)}\n"
+              f"    {line}\n" + "".join(f"    {word}: {text}\n" for word, text in
+              (("equation", e.source), ("builds on", e.needs), ("state", state(name) if missing else "")) if text), end="")
+
+def copy_body(name):
+    """Put the body that is written in one script into the others that hold the exercise."""
+    held = places(name)
+    bodies = {place.body: place.script for place in held if place.body}
+    if len(bodies) != 1:
+        raise Stop(f"{name} is written in no script yet" if not bodies else f"{name} differs between "
+                   f"{', '.join(bodies.values())}: make one of them a stub again ({stub(name)}), or edit them")
+    [(body, source)] = bodies.items()
+    for place in held:
+        if place.error:
+            raise Stop(f"{name} cannot be replaced: {place.error}")
+        if not place.body:
+            path = ROOT / place.script
+            path.write_text(with_body(read(path), name, body), encoding="utf-8", newline="\n")
+            print(f"{name}: from {source} to {place.script}")
 
 def main(argv=None):
     """The command line. Returns the exit status: 0; 2 for what one sentence explains."""
     parser = argparse.ArgumentParser(prog="python tests/assignment.py", description=__doc__.split("\n")[0])
-    parser.add_argument("names", nargs="*", metavar="NAME", help="exercises to take out; none: all")
-    parser.add_argument("--out", type=Path, help="the handout's folder, new or empty")
-    parser.add_argument("--list", action="store_true", help="print the exercises")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="exercises; none: all")
+    parser.add_argument("--out", type=Path, help="the folder of the handout, or of the marks, new or empty")
+    parser.add_argument("--list", action="store_true", help="print the exercises, in a handout with their state")
+    parser.add_argument("--copy", action="store_true", help="in a handout: copy NAME to the other scripts that hold it")
+    parser.add_argument("--mark", type=Path, metavar="SUBMISSIONS", help="a folder that holds a folder a student")
+    parser.add_argument("--points", type=Path, help="--mark: a csv file of exercise,points; without: the levels 1 to 3")
+    parser.add_argument("--seconds", type=float, default=60, help="--mark: the time that an exercise may take [60]")
     given = parser.parse_args(argv)
     try:
-        if taken_out(ROOT):
-            raise Stop(f"{ROOT} is a handout itself: make another from the project that it was made from")
-        known = places()
-        if given.list:
-            for name, held in known.items():
-                print(f"{name:27}{', '.join(script for script, *_ in held)}\n{'':27}{held[0][2]}")
-            return 0
         for name in given.names:
-            if name not in known:
-                raise Stop(f"there is no exercise '{name}': choose of {', '.join(known)}")
-        if not given.out:
-            raise Stop("say with --out where the handout shall lie, or ask for --list")
-        names = given.names or list(known)
-        hand_out(given.out, names)
-        print(f"{given.out}: {len(names)} exercises, listed in handout.json; one is judged by: "
-              f"python -m pytest {given.out / 'tests'} -k {names[0]}")
+            if name not in EXERCISES:
+                raise Stop(f"there is no exercise '{name}': choose of {', '.join(EXERCISES)}")
+        if given.list:
+            print_list()
+        elif given.copy:
+            for name in given.names:
+                copy_body(name)
+        elif taken_out(ROOT):
+            raise Stop(f"{ROOT} is a handout itself: use the project that it was made from")
+        elif not given.out:
+            raise Stop("say with --out where the result shall lie, or ask for --list")
+        elif given.mark:
+            from marking import mark
+            mark(given.mark, given.points, given.out, given.seconds)
+        else:
+            names = given.names or list(EXERCISES)
+            hand_out(given.out, names)
+            print(f"{given.out}: {len(names)} exercises, listed in handout.json; one is judged by: "
+                  f"python -m pytest {given.out / 'tests'} -k {names[0]}")
         return 0
     except (Stop, OSError) as error:
         print(f"assignment: {error}", file=sys.stderr)

@@ -5,11 +5,9 @@ import re
 
 import pytest
 
-from assignment import EXERCISES, SCRIPTS, taken_out
+from assignment import SCRIPTS
 
 METHOD_ONLY = {"Config", "main"}
-SHARED = [name for name in EXERCISES
-          if sum(f"\ndef {name}(" in path.read_text(encoding="utf-8") for path in SCRIPTS) > 1]
 PAIRS = [(a, b) for i, a in enumerate(SCRIPTS) for b in SCRIPTS[i + 1:]]
 
 @functools.cache
@@ -32,7 +30,7 @@ def banners(path):
 @pytest.mark.parametrize("a, b", PAIRS, ids=lambda path: path.stem)
 def test_blocks_of_one_name_have_one_text(a, b):
     one, other = (blocks(path.read_text(encoding="utf-8")) for path in (a, b))
-    shared = set(one) & set(other) - METHOD_ONLY - taken_out(a.parent)              # a handout's: the test below
+    shared = set(one) & set(other) - METHOD_ONLY
     assert len(shared) > 60, "scripts of one family"
     differ = sorted(name for name in shared if one[name] != other[name])
     assert not differ, f"{', '.join(differ)}: give one text in both scripts, or another name where the method differs"
@@ -42,13 +40,6 @@ def test_shared_sections_come_in_one_order(a, b):
     one, other = banners(a), banners(b)
     assert [name for name in one if name in other] == [name for name in other if name in one]
     assert any("you can stop reading here" in name for name in one)
-
-@pytest.mark.parametrize("exercise", SHARED)
-def test_an_exercise_has_one_text_wherever_it_is_written(exercise, scripts=SCRIPTS):
-    found = {path.name: blocks(path.read_text(encoding="utf-8")).get(exercise) for path in scripts}
-    written = [name for name, text in found.items() if text and "raise NotImplementedError" not in text]
-    differ = [name for name in written if found[name] != found[written[0]]]
-    assert not differ, f"{exercise} in {', '.join(differ)}: give it the text it has in {written[0]}, which is judged"
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
 def test_no_script_imports_another(path):
