@@ -75,7 +75,7 @@ class Config:
     images_per_class: int = 0       # training images of each class; 0: all
     # prototypes (stage 1)
     prototypes: Literal["random", "frozen", "unfrozen"] = "unfrozen"    # how the class table starts
-    start: Literal["random", "means"] = "random"    # of prototypes: N(0, 0.01), or class means
+    start: Literal["means", "random"] = "means"     # of prototypes: class means, or N(0, 0.01)
     permuted: bool = False          # a control: rows go to other classes, whose likes they are not
     scale: Literal["rms", "raw"] = "rms"    # prototypes at the RMS of a random table, or as learned
     prototype_dim: int = 64         # D, numbers in a prototype

@@ -395,7 +395,7 @@ def test_nearest_prototypes_by_hand():
 
 def test_prototypes_start_at_class_means_of_untrained_features_centred(monkeypatch):
     monkeypatch.setattr(pd, "fit", lambda net, *how: net)
-    data, cfg = pd.make_shapes(60, 16, seed=1), config(pd, start="means", prototypes_per_class=2)
+    data, cfg = pd.make_shapes(60, 16, seed=1), config(pd, prototypes_per_class=2)
     data.labels[data.labels == 4] = 3                         # one class has no image
     data.labels[(data.labels == 7).nonzero()[1:]] = 3         # another has one, for two prototypes
     learner = pd.learn_prototypes(data, cfg, CPU)
@@ -406,8 +406,8 @@ def test_prototypes_start_at_class_means_of_untrained_features_centred(monkeypat
         if label not in (4, 7):
             assert close(own, torch.stack([part.mean(0) for part in mine.chunk(2)]), atol=1e-5) and not own[0].equal(own[1])
     assert not learner.prototypes[4].any() and close(learner.prototypes[7], [[*z[data.labels == 7][0]], [0] * 8], atol=1e-5)
-    pd.learn_prototypes(pd.make_shapes(501, 8), config(pd, start="means", image_size=8), CPU)      # 500, and one
-    other = pd.learn_prototypes(data, config(pd, prototypes_per_class=2), CPU)
+    pd.learn_prototypes(pd.make_shapes(501, 8), config(pd, image_size=8), CPU)      # 500, and one
+    other = pd.learn_prototypes(data, config(pd, start="random", prototypes_per_class=2), CPU)
     assert other.prototypes.std().item() == pytest.approx(0.1, rel=0.2)
 
 def test_class_table_keeps_directions_and_sets_the_rms_of_a_random_table():
