@@ -1,12 +1,14 @@
 """The notebook: every code cell runs, on reduced settings and without Jupyter, and what is stored is a real run."""
 import importlib
 import json
+import os
 import re
+import subprocess
 import sys
 
 import matplotlib
 import pytest
-from assignment import ROOT
+from assignment import EXERCISES, ROOT, hand_out
 
 PATH = ROOT / "tutorial.ipynb"
 CELLS = json.loads(PATH.read_text(encoding="utf-8"))["cells"]
@@ -35,6 +37,32 @@ def test_every_cell_runs_on_reduced_settings(monkeypatch, capsys, pytestconfig):
         exec(compile(source, f"{PATH.name}, code cell {number}", "exec"), names)
     assert len(shown) > 20 and set(shown) == {1}, "a picture at every step, one figure at a time"
     assert capsys.readouterr().out.count("not written yet") == 7, "exercises are left to the student"
+
+IN_A_HANDOUT = """
+import ast, json, sys
+from types import SimpleNamespace
+import matplotlib
+matplotlib.use("Agg")
+import patronus, pdm, protodiffusion
+for script in (patronus, pdm, protodiffusion):
+    script.SHAPE_SPLITS = {"train": (200, 0), "test": (200, 1), "judge": (200, 12)}
+shell = SimpleNamespace(ast_transformers=[])
+names = {"__name__": "__main__", "get_ipython": lambda: shell}
+for number, cell in enumerate(json.load(open("tutorial.ipynb", encoding="utf-8"))["cells"]):
+    if cell["cell_type"] == "code":
+        tree = ast.parse("".join(cell["source"]).replace("\\nSCALE = 1 ", "\\nSCALE = 0.004 "))
+        for transformer in shell.ast_transformers:
+            tree = transformer.visit(tree)
+        exec(compile(tree, f"cell {number}", "exec"), names)
+"""
+
+def test_in_a_handout_cells_wait_for_what_is_not_written_and_the_last_is_reached(tmp_path):
+    hand_out(tmp_path / "handout", list(EXERCISES))
+    done = subprocess.run([sys.executable, "-c", IN_A_HANDOUT], cwd=tmp_path / "handout", capture_output=True, encoding="utf-8",
+                          env={**os.environ, "PYTHONUTF8": "1", "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert "cell above: NotImplementedError add_noise is an exercise" in done.stdout
+    assert done.stdout.count("this cell waits") > 15 and "this notebook took" in done.stdout
 
 def test_away_from_the_scripts_the_first_cell_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
