@@ -1242,7 +1242,8 @@ def draw_prototypes(path, learner, data, device, most=40):
         map.scatter(*(z @ plane).T, s=1, c=data.labels, cmap="tab10")
         for name, stars in zip(data.classes, prototypes @ plane):
             map.plot(*stars.T, "k*", markersize=12)
-            map.text(*stars[0].tolist(), f"  {name}", fontsize=size)
+            if len(prototypes) <= 20:                   # more would hide one another
+                map.text(*stars[0].tolist(), f"  {name}", fontsize=size)
     return dict(stage1_accuracy=accuracy, prototype_norm=flat.norm(dim=1).mean().item(),
                 prototype_distance=apart.mean().item())
 
