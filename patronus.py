@@ -188,7 +188,7 @@ def receptive_field(encoder):
 def patch_distances(z, prototypes):
     """||z - p||^2 in float32: patches z [B, D, h, w], prototypes [m, D] -> [B, m, h, w].
     Computed as ||z||^2 - 2 z.p + ||p||^2, which avoids a tensor [B, m, D, h, w]. These terms nearly
-    cancel: hence float32 even in mixed precision, and a clamp for what rounding brings below 0."""
+    cancel: hence float32 with autocast switched off, and 0 for what rounding makes negative."""
     with torch.autocast(z.device.type, enabled=False):
         z = z.float()
         p = prototypes.float()
@@ -416,9 +416,9 @@ def sample_times(T, steps):
 def ddim_step(x0, eps, a, a_next, eta=0.0, noise=None):
     """From abar a to a_next, by predictions x0, eps [B, C, H, W] (Song et al. 2021, eq. 12).
     sqrt(a_next) x0 + sqrt(1 - a_next - sigma^2) eps + sigma noise, with (eq. 16) sigma =
-    eta sqrt((1 - a_next) / (1 - a)) sqrt(1 - a / a_next). The clamp is for rounding, which may make
-    1 - a_next - sigma^2 negative. eta = 0 needs no noise; eta = 1, the sampler "ddpm", draws from
-    q(x_next | x, x0) (DDPM eq. 6-7, where beta is 1 - a / a_next and x is in x0 and eps)."""
+    eta sqrt((1 - a_next) / (1 - a)) sqrt(1 - a / a_next); a < a_next are 0-d. Where rounding makes
+    1 - a_next - sigma^2 negative, 0 is taken. eta = 0 needs no noise; eta = 1, the sampler "ddpm",
+    draws from q(x_next | x, x0) (DDPM eq. 6-7, beta is 1 - a / a_next, x is in x0 and eps)."""
     sigma = eta * ((1 - a_next) / (1 - a) * (1 - a / a_next)).sqrt()
     mean = a_next.sqrt() * x0 + (1 - a_next - sigma ** 2).clamp(min=0).sqrt() * eps
     return mean if eta == 0 else mean + sigma * noise
@@ -470,8 +470,9 @@ def sample(predict, xT, abar, steps=20, sampler="dpmpp", clip=True, generator=No
 def invert(predict, x0, abar, steps):
     """The DDIM ODE upwards (Song et al. 2021, section 4.3): a clean image x0 -> its noise xT.
     It takes the levels of `sample`, lowest first. Each step is eq. 12 with sigma = 0, from abar a
-    to a_next < a, with eps predicted at the current x and its t. The first step starts at abar = 1,
-    which has no t, and uses the lowest t; so it asks twice at the lowest t, never at T - 1."""
+    to a_next < a (where ddim_step's sigma is no number), with eps predicted at the current x and
+    its t. The first step starts at abar = 1, which has no t, and uses the lowest; so it asks twice
+    at the lowest t, never at T - 1."""
     times = sample_times(len(abar), steps)[::-1]
     levels = [torch.ones(()), *abar.cpu()[times]]
     x = x0
@@ -862,8 +863,8 @@ def switch(cfg, run, s_a, s_b, at):
 # exercise
 def choose_movers(s, known, a, b, n=3):
     """The n activations with the best single AUROC for trait a, after excluding the n best for b.
-    s [N, m], known bool [N, A]; a, b: columns of known -> list of n numbers, best first. An AUROC
-    below 0.5 counts as 1 - AUROC, an undefined one (NaN) as 0.5, which is chance."""
+    s [N, m], known bool [N, A]; a, b: columns of known -> list of n numbers, best first. For a as
+    for b an AUROC below 0.5 counts as 1 - AUROC, an undefined one (NaN) as 0.5, which is chance."""
     auc = single_aurocs(s, known[:, [a, b]])
     strength = torch.maximum(auc, 1 - auc).nan_to_num(0.5)                  # [m, 2]
     order = strength[:, 0].argsort(descending=True).tolist()
@@ -1386,7 +1387,8 @@ def moments(features):
 def frechet_distance(mu1, sigma1, mu2, sigma2):
     """||mu1 - mu2||^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) (Heusel et al. 2017, eq. 6), float64.
     The trace of the root is the sum of the roots of the eigenvalues of S1^(1/2) S2 S1^(1/2), which
-    is symmetric. What rounding brings below 0 counts as 0. mu [D], sigma [D, D] -> number."""
+    is symmetric. Eigenvalues and results that rounding makes negative count as 0. mu [D], sigma
+    [D, D] -> number."""
     values, vectors = torch.linalg.eigh(sigma1)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
     cross = torch.linalg.eigvalsh(root @ sigma2 @ root).clamp(min=0).sqrt().sum()

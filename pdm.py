@@ -321,13 +321,13 @@ class PDM(Unconditional):
 
     # exercise
     def learn(self, x0, label, cfg):
-        """Choose prototypes for clean images x0 [B, C, S, S] -> k [B], losses, statistics to log.
-        k = argmin_j ||z - e_j|| with z = f_phi(x0), or the label [B] if it is given. Losses:
-        contrastive; alignment; without labels, compactness. With two views (never of labels) z and
-        e have length 1, f_phi sees x0 and the views as one batch, all three enter swapped_loss.
-        Training counts k. Statistics: variance_of_z, over the batch (biased), summed over D;
-        usage_perplexity, exp(entropy), 1 to K; dead_prototypes, used under 1 % of the mean. In
-        float32, also where the caller computes in 16 bits."""
+        """Choose prototypes for clean images x0 [B, C, S, S] -> k [B], dicts of losses, statistics.
+        k = argmin_j ||z - e_j|| with z = f_phi(x0), or the label [B] if given. Losses: contrastive,
+        alignment, and without labels compactness. With two views (never of labels) z and e have
+        length 1, f_phi sees x0 and the views as one batch; contrastive is swapped_loss of all.
+        In training usage first goes 1/100 of the way to the shares of k. Statistics: variance_of_z,
+        of the batch (biased), summed over D; of usage usage_perplexity, exp(entropy), 1 to K, and
+        dead_prototypes, the number under 1 % of 1 / K. All in float32, autocast switched off."""
         with torch.autocast(x0.device.type, enabled=False):     # float32: BatchNorm would keep inf
             views = [x0, random_view(x0, cfg), random_view(x0, cfg)] if self.two_views else [x0]
             z_views = self.normed(self.encoder(torch.cat(views))).split(len(x0))
@@ -403,9 +403,9 @@ def sample_times(T, steps):
 def ddim_step(x0, eps, a, a_next, eta=0.0, noise=None):
     """From abar a to a_next, by predictions x0, eps [B, C, H, W] (Song et al. 2021, eq. 12).
     sqrt(a_next) x0 + sqrt(1 - a_next - sigma^2) eps + sigma noise, with (eq. 16) sigma =
-    eta sqrt((1 - a_next) / (1 - a)) sqrt(1 - a / a_next). The clamp is for rounding, which may make
-    1 - a_next - sigma^2 negative. eta = 0 needs no noise; eta = 1, the sampler "ddpm", draws from
-    q(x_next | x, x0) (DDPM eq. 6-7, where beta is 1 - a / a_next and x is in x0 and eps)."""
+    eta sqrt((1 - a_next) / (1 - a)) sqrt(1 - a / a_next); a < a_next are 0-d. Where rounding makes
+    1 - a_next - sigma^2 negative, 0 is taken. eta = 0 needs no noise; eta = 1, the sampler "ddpm",
+    draws from q(x_next | x, x0) (DDPM eq. 6-7, beta is 1 - a / a_next, x is in x0 and eps)."""
     sigma = eta * ((1 - a_next) / (1 - a) * (1 - a / a_next)).sqrt()
     mean = a_next.sqrt() * x0 + (1 - a_next - sigma ** 2).clamp(min=0).sqrt() * eps
     return mean if eta == 0 else mean + sigma * noise
@@ -1173,7 +1173,8 @@ def moments(features):
 def frechet_distance(mu1, sigma1, mu2, sigma2):
     """||mu1 - mu2||^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) (Heusel et al. 2017, eq. 6), float64.
     The trace of the root is the sum of the roots of the eigenvalues of S1^(1/2) S2 S1^(1/2), which
-    is symmetric. What rounding brings below 0 counts as 0. mu [D], sigma [D, D] -> number."""
+    is symmetric. Eigenvalues and results that rounding makes negative count as 0. mu [D], sigma
+    [D, D] -> number."""
     values, vectors = torch.linalg.eigh(sigma1)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
     cross = torch.linalg.eigvalsh(root @ sigma2 @ root).clamp(min=0).sqrt().sum()

@@ -151,7 +151,7 @@ def squared_distances(z, prototypes):
 def dce_loss(d, y, gamma=2.0):
     """Distance-based cross-entropy (Yang et al. 2018, eq. 6-8): d [B, C, K], labels y [B] -> mean.
     p = softmax(-gamma d) over all C K prototypes. A class has the sum of its prototypes' p, and the
-    loss is -log p(y)."""
+    loss is -log p(y), computed in logarithms, since p of a far class is 0 in float32."""
     log_p = F.log_softmax(-gamma * d.flatten(1), dim=1).view_as(d)
     return F.nll_loss(log_p.logsumexp(-1), y)
 
@@ -279,9 +279,9 @@ def sample_times(T, steps):
 def ddim_step(x0, eps, a, a_next, eta=0.0, noise=None):
     """From abar a to a_next, by predictions x0, eps [B, C, H, W] (Song et al. 2021, eq. 12).
     sqrt(a_next) x0 + sqrt(1 - a_next - sigma^2) eps + sigma noise, with (eq. 16) sigma =
-    eta sqrt((1 - a_next) / (1 - a)) sqrt(1 - a / a_next). The clamp is for rounding, which may make
-    1 - a_next - sigma^2 negative. eta = 0 needs no noise; eta = 1, the sampler "ddpm", draws from
-    q(x_next | x, x0) (DDPM eq. 6-7, where beta is 1 - a / a_next and x is in x0 and eps)."""
+    eta sqrt((1 - a_next) / (1 - a)) sqrt(1 - a / a_next); a < a_next are 0-d. Where rounding makes
+    1 - a_next - sigma^2 negative, 0 is taken. eta = 0 needs no noise; eta = 1, the sampler "ddpm",
+    draws from q(x_next | x, x0) (DDPM eq. 6-7, beta is 1 - a / a_next, x is in x0 and eps)."""
     sigma = eta * ((1 - a_next) / (1 - a) * (1 - a / a_next)).sqrt()
     mean = a_next.sqrt() * x0 + (1 - a_next - sigma ** 2).clamp(min=0).sqrt() * eps
     return mean if eta == 0 else mean + sigma * noise
@@ -1066,7 +1066,8 @@ def moments(features):
 def frechet_distance(mu1, sigma1, mu2, sigma2):
     """||mu1 - mu2||^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) (Heusel et al. 2017, eq. 6), float64.
     The trace of the root is the sum of the roots of the eigenvalues of S1^(1/2) S2 S1^(1/2), which
-    is symmetric. What rounding brings below 0 counts as 0. mu [D], sigma [D, D] -> number."""
+    is symmetric. Eigenvalues and results that rounding makes negative count as 0. mu [D], sigma
+    [D, D] -> number."""
     values, vectors = torch.linalg.eigh(sigma1)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
     cross = torch.linalg.eigvalsh(root @ sigma2 @ root).clamp(min=0).sqrt().sum()

@@ -13,6 +13,7 @@ makes them the solution; handout.json says what was taken out.
 """
 import argparse
 import ast
+import functools
 import json
 import re
 import shutil
@@ -68,7 +69,7 @@ EXERCISES = {
     "patch_distances": Exercise(2, 25, "ProtoPNet", "",
         "squared, for each patch and prototype: [B, m, h, w]; at least 0; float32 under autocast"),
     "activation": Exercise(1, 5, "ProtoPNet", "", "large where the distance is small: 9.2 at d = 0; d is squared already"),
-    "invert": Exercise(3, 35, "DDIM section 4.3", "",
+    "invert": Exercise(3, 35, "DDIM eq. 12, section 4.3", "",
         "from the clean image, abar = 1, to the noisiest level; the network is told the t of the current x"),
     "spherical": Exercise(1, 15, "Shoemake", "",
         "the angle between two vectors as long as the image has numbers; do not divide by almost 0"),
@@ -84,8 +85,9 @@ class Place(NamedTuple):
     """Where a script's text holds an exercise. Lines count from 1, as in an editor."""
     script: str                     # name of the file
     line: int                       # of its def
-    begin: int                      # the last line of its docstring
+    begin: int                      # the last line before its body
     end: int                        # the last line of its body
+    arguments: list                 # their names
     docstring: str
     body: str                       # without indentation; empty while it is not written
     error: str                      # why it cannot be read
@@ -100,71 +102,110 @@ def without_indent(lines):
     least = min((len(line) - len(line.lstrip()) for line in lines if line.strip()), default=0)
     return "\n".join(line[least:].rstrip() for line in lines)
 
+def with_indent(body, line):
+    """The lines of a body as they stand below the line of its def."""
+    indent = " " * (line.index("def") + 4)
+    return [indent + row if row else row for row in body.split("\n")]
+
+def parsed(text):
+    """A text as Python -> ast.Module. Raises SyntaxError, also for what is too much for the parser."""
+    try:
+        return ast.parse(text)
+    except (ValueError, RecursionError, MemoryError) as fault:
+        raise SyntaxError(f"{type(fault).__name__}: {fault}") from None
+
+@functools.lru_cache(50)
+def functions(text):
+    """Functions, and methods as Class.method, of a text that is Python -> name: ast node."""
+    found = {}
+    for node in parsed(text).body:
+        for own in [node] if isinstance(node, ast.FunctionDef) else node.body if isinstance(node, ast.ClassDef) else []:
+            if isinstance(own, ast.FunctionDef):
+                found[own.name if own is node else f"{node.name}.{own.name}"] = own
+    return found
+
 def blocks(text):
-    """Marked functions of a text, some of which may not be Python -> name: (line of def, last of docstring, of body)."""
+    """Exercises in a text that is not Python as a whole, by indentation -> name: (line of def, text from there on)."""
     lines, owner, found = text.split("\n"), "", {}
     for i, row in enumerate(lines):
-        if match := re.match(r"(class|def) (\w+)", row):
-            owner = f"{match[2]}." if match[1] == "class" else ""
-        if row.strip() != "# exercise":
-            continue
-        line = next((j for j in range(i + 1, len(lines)) if not lines[j].strip().startswith("@")), i)
-        match = re.match(r"( *)def (\w+)\(", lines[line])
-        if not match:
-            continue
-        inside = line + 1
-        while inside < len(lines) and (not lines[inside].strip() or lines[inside].startswith(match[1] + " ")):
-            inside += 1
-        end = max(j for j in range(line, inside) if lines[j].strip()) + 1
-        quotes = [j for j in range(line + 1, end) for _ in range(lines[j].count('"""'))]
-        documented = quotes[:1] == [line + 1] and len(quotes) > 1
-        found[(owner if match[1] else "") + match[2]] = line + 1, quotes[1] + 1 if documented else line + 1, end
+        if match := re.match(r"(\s*)(class|def) (\w+)", row):
+            if match[2] == "class":
+                owner = f"{match[3]}."
+            name = (owner if match[1] else "") + match[3]
+            end = i + 1
+            while end < len(lines) and (not lines[end].strip() or lines[end].startswith(match[1] + (" " if match[1] else "") or " ")):
+                end += 1
+            if match[2] == "def" and name in EXERCISES:
+                found[name] = i + 1, without_indent(lines[i:end])
     return found
+
+def located(script, node, lines, line):
+    """A Place of an ast node, whose text begins at this line of a script."""
+    statements = node.body[1:] if ast.get_docstring(node) is not None else node.body
+    begin = node.body[0].end_lineno if ast.get_docstring(node) is not None else node.body[0].lineno - 1
+    body = without_indent(lines[begin:node.end_lineno]).strip("\n")
+    if not statements or all(isinstance(part, ast.Pass) or isinstance(part, ast.Raise) and "an exercise" in ast.unparse(part)
+                             for part in statements):
+        body = ""
+    arguments = [arg.arg for arg in node.args.args]
+    return Place(script, line, begin + line - node.lineno, node.end_lineno + line - node.lineno, arguments,
+                 ast.get_docstring(node) or "", body, "")
 
 def exercises_in(path):
     """The exercises that a script holds, even if some of it is not Python -> name: Place."""
     text = read(path)
-    lines, found = text.split("\n"), {}
-    for name, (line, begin, end) in blocks(text).items():
-        body, error = without_indent(lines[begin:end]).strip("\n"), ""
+    try:
+        return {name: located(path.name, node, text.split("\n"), node.lineno)
+                for name, node in functions(text).items() if name in EXERCISES}
+    except SyntaxError:
+        found = {}
+    for name, (line, own) in blocks(text).items():
         try:
-            ast.parse(without_indent(lines[line - 1:end]))
+            node = parsed(own).body[0]
+            found[name] = located(path.name, node, own.split("\n"), line)
         except SyntaxError as fault:
-            body, error = "", f"{path.name}, line {line - 1 + (fault.lineno or 1)}: {fault.msg}"
-        if re.fullmatch(r'raise NotImplementedError\("[^"]*is an exercise[^"]*"\)', body):
-            body = ""
-        docstring = without_indent(lines[line:begin]).strip('" ')
-        found[name] = Place(path.name, line, begin, end, docstring, body, error)
+            error = f"{path.name}, line {line - 1 + (fault.lineno or 1)}: {fault.msg}"
+            found[name] = Place(path.name, line, line, line, [], "", "", error)
     return found
 
 def places(name):
     """Where an exercise is, in the scripts' order -> list of Place."""
     return [held[name] for held in map(exercises_in, SCRIPTS) if name in held]
 
+def not_python(path):
+    """Why a script cannot be read; empty if it can."""
+    try:
+        functions(read(path))
+    except SyntaxError as fault:
+        return f"{path.name}, line {fault.lineno}: {fault.msg}"
+    return ""
+
 def judged_in(name):
-    """The script that an exercise is judged in, or None; and why not."""
+    """The script that an exercise is judged in, the first with a body, or None; and why not."""
     held = places(name)
     for place in held:
         if place.body:
-            return place.script[:-3], ""
+            fault = not_python(ROOT / place.script)
+            return (None, f"{name} cannot be judged: {fault}") if fault else (Path(place.script).stem, "")
     faults = [place.error for place in held if place.error]
     if faults:
         return None, f"{name} cannot be read: {faults[0]}"
     where = ", ".join(f"{place.script}:{place.line}" for place in held)
     return None, f"NotImplementedError: {name} is an exercise, and not written yet: {where}"
 
-def with_body(text, name, body):
-    """A script's text in which the body of an exercise is another."""
-    lines = text.split("\n")
-    line, begin, end = blocks(text)[name]
-    indent = " " * (lines[line - 1].index("def") + 4)
-    lines[begin:end] = [indent + row if row else row for row in body.split("\n")]
+def with_bodies(text, bodies):
+    """A script's text, which is Python, in which exercises have other bodies, name: body."""
+    lines, found = text.split("\n"), functions(text)
+    for name in sorted(bodies, key=lambda name: -found[name].lineno):                  # from the end: lines stay put
+        own = located("", found[name], lines, found[name].lineno)
+        lines[own.begin:own.end] = with_indent(bodies[name], lines[own.line - 1])
     return "\n".join(lines)
 
 def taken_out(root):
-    """The names of the exercises that were taken out of the project in the folder `root`; none if it is no handout."""
+    """The exercises that were taken out of the project in the folder `root`, in their order; none if it is no handout."""
     path = Path(root) / "handout.json"
-    return set(json.loads(read(path))) if path.exists() else set()
+    gone = json.loads(read(path)) if path.exists() else []
+    return [name for name in EXERCISES if name in gone]
 
 def for_students(readme):
     """The README without what it says for teachers."""
@@ -179,9 +220,7 @@ def hand_out(out, names):
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, copy)
         if path in SCRIPTS:
-            text = read(path)
-            for name in set(names) & set(exercises_in(path)):
-                text = with_body(text, name, stub(name))
+            text = with_bodies(read(path), {name: stub(name) for name in exercises_in(path) if name in names})
             copy.write_text(text, encoding="utf-8", newline="\n")
     (out / "README.md").write_text(for_students(read(ROOT / "README.md")), encoding="utf-8", newline="\n")
     content = {name: [place.script for place in places(name)] for name in names}
@@ -195,12 +234,14 @@ def state(name):
         return f"cannot be read: {faults[0]}"
     if not written:
         return "to do"
+    if len({place.body for place in held if place.body}) > 1:
+        return f"differs between {', '.join(written)}"
     rest = [place.script for place in held if not place.body]
     return f"written in {written[0]}; --copy {name} puts it into {', '.join(rest)}" if rest else "written"
 
-def print_list():
+def print_list(names):
     missing = taken_out(ROOT)
-    for name in missing or EXERCISES:
+    for name in names or missing or EXERCISES:
         e, held = EXERCISES[name], places(name)
         line = (held[0].docstring or "").split("\n")[0]
         print(f"{name:27}{'*' * e.level:4}{e.minutes:3} min  {', '.join(place.script for place in held)}\n"
@@ -216,11 +257,11 @@ def copy_body(name):
                    f"{', '.join(bodies.values())}: make one of them a stub again ({stub(name)}), or edit them")
     [(body, source)] = bodies.items()
     for place in held:
-        if place.error:
-            raise Stop(f"{name} cannot be replaced: {place.error}")
+        path = ROOT / place.script
+        if not place.body and (fault := not_python(path)):
+            raise Stop(f"{name} cannot be put into {fault}")
         if not place.body:
-            path = ROOT / place.script
-            path.write_text(with_body(read(path), name, body), encoding="utf-8", newline="\n")
+            path.write_text(with_bodies(read(path), {name: body}), encoding="utf-8", newline="\n")
             print(f"{name}: from {source} to {place.script}")
 
 def main(argv=None):
@@ -232,15 +273,17 @@ def main(argv=None):
     parser.add_argument("--copy", action="store_true", help="in a handout: copy NAME to the other scripts that hold it")
     parser.add_argument("--mark", type=Path, metavar="SUBMISSIONS", help="a folder that holds a folder a student")
     parser.add_argument("--points", type=Path, help="--mark: a csv file of exercise,points; without: the levels 1 to 3")
-    parser.add_argument("--seconds", type=float, default=60, help="--mark: the time that an exercise may take [60]")
+    parser.add_argument("--seconds", type=int, default=60, help="--mark: the time that an exercise may take [60]")
     given = parser.parse_args(argv)
     try:
         for name in given.names:
             if name not in EXERCISES:
                 raise Stop(f"there is no exercise '{name}': choose of {', '.join(EXERCISES)}")
         if given.list:
-            print_list()
+            print_list(given.names)
         elif given.copy:
+            if not given.names:
+                raise Stop("say which: --copy NAME")
             for name in given.names:
                 copy_body(name)
         elif taken_out(ROOT):
@@ -249,7 +292,7 @@ def main(argv=None):
             raise Stop("say with --out where the result shall lie, or ask for --list")
         elif given.mark:
             from marking import mark
-            mark(given.mark, given.points, given.out, given.seconds)
+            mark(given.mark, given.points, given.names, given.out, max(1, min(3600, given.seconds)))
         else:
             names = given.names or list(EXERCISES)
             hand_out(given.out, names)
@@ -261,4 +304,5 @@ def main(argv=None):
         return 2
 
 if __name__ == "__main__":
+    from assignment import main                                     # the module whose Stop marking.py raises
     sys.exit(main())

@@ -46,6 +46,7 @@ class noise_loss:
         "predicts the image": ("predicted.float(), eps", "predicted.float(), x0"),
         "the model sees the clean image": ("model(add_noise(x0, t, eps, abar), t", "model(x0, t"),
         "condition before level": ("t, condition)", "condition, t)"),
+        "no gradient": ("predicted.float()", "predicted.float().detach()"),
         "root of the mean": ("F.mse_loss(predicted.float(), eps)", "F.mse_loss(predicted.float(), eps).sqrt()"),
     }
 
@@ -348,6 +349,9 @@ class PrototypeAttention_forward:
 
     wrong = {
         "nothing is added to": ("h + found", "found"),
+        "no gradient through the softmax": (
+            "F.scaled_dot_product_attention(q, k, v, mask)",
+            "F.scaled_dot_product_attention(q.detach(), k.detach(), v, mask)"),
         "no bias": ("None if bias is None else bias[:, None, None].to(q.dtype)", "None"),
         "needs a bias": ("None if bias is None else ", ""),
         "one head": ("self.heads", "1"),
@@ -394,7 +398,7 @@ class PDM_learn:
             x0 = x0.float()
             inputs = [x0]
             if self.two_views:
-                inputs += [random_view(x0, cfg) for _ in range(2)]
+                inputs += random_view(torch.cat([x0, x0]), cfg).chunk(2)
             z_all = self.normed(self.encoder(torch.cat(inputs)))
             e = self.normed(self.prototypes)
             parts = z_all.chunk(len(inputs))
@@ -425,6 +429,9 @@ class PDM_learn:
         "the clean image is not swapped": ("for v in z_views]", "for v in z_views[1:]]"),
         "in mixed precision": ("enabled=False", "enabled=torch.is_autocast_enabled(x0.device.type)"),
         "counts without training": ("if self.training", "if True"),
+        "the encoder gets no gradient": ("torch.cat(views))", "torch.cat(views)).detach()"),
+        "usage of the batch": ("entr(self.usage)", "entr(F.one_hot(k, len(e)).float().mean(0))"),
+        "dead prototypes as a share": (".float().sum()", ".float().mean()"),
         "never counts": ("if self.training", "if False"),
         "unbiased variance": ("var(0, correction=0)", "var(0)"),
         "variance not summed": ("correction=0).sum()", "correction=0).mean()"),
@@ -490,6 +497,7 @@ class patch_distances:
         "mean over dimensions": ("d.clamp(min=0)", "d.clamp(min=0) / z.shape[1]"),
         "cross term once": ("2 * cross", "cross"),
         "rows and columns exchanged": ("d.clamp(min=0)", "d.clamp(min=0).mT"),
+        "prototypes get no gradient": ("prototypes.float()", "prototypes.float().detach()"),
         "prototypes not squared": ("p.square()", "p.abs()"),
     }
 
@@ -506,6 +514,7 @@ class activation:
         "logarithm to base ten": ("log(", "log10("),
         "another constant": ("1e-4", "1e-5"),
         "one is forgotten": ("(d + 1) /", "1 /"),
+        "no gradient": ("(d + 1)", "(d.detach() + 1)"),
         "infinite at zero": ("(d + 1e-4)", "d"),
     }
 
@@ -625,7 +634,7 @@ class choose_movers:
         away = torch.nan_to_num((single_aurocs(s, known) - 0.5).abs(), 0.0)
         away_a = away[:, a].clone()
         away_a[away[:, b].topk(n).indices] = -1
-        return away_a.topk(n).indices.tolist()
+        return [j for j in away_a.argsort(descending=True).tolist() if away_a[j] >= 0][:n]
 
     wrong = {
         "high alone tells": ("torch.maximum(auc, 1 - auc)", "auc"),

@@ -11,80 +11,60 @@ marks.csv, feedback/STUDENT.md, gradescope/STUDENT/results.json (Gradescope and 
 A body gets no files and no network: what it may not use is refused before it runs, its time is limited, what it prints
 is thrown away. That stops mishaps and jokes, but is no sandbox: mark what strangers send inside a container.
 """
-import ast
 import csv
 import importlib
 import json
 import multiprocessing
 import os
-import sys
+import re
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from assignment import EXERCISES, ROOT, SCRIPTS, Stop, blocks, exercises_in, places, read, with_body, without_indent
+import torch
 
-MODULES = {"torch", "numpy", "math", "itertools", "functools", "copy", "random", "operator", "collections"}
-NAMES = {"open", "exec", "eval", "compile", "__import__", "input", "breakpoint", "exit", "quit", "globals", "locals", "vars",
-         "getattr", "setattr", "delattr", "Path", "ThreadPoolExecutor", "dist"} | (sys.stdlib_module_names - MODULES)
-ATTRIBUTES = set("os sys io builtins importlib inspect subprocess shutil ctypes multiprocessing utils hub serialization "
-                 "package jit compile library load save savez savetxt tofile fromfile memmap".split())
+from assignment import EXERCISES, ROOT, SCRIPTS, Stop, exercises_in, functions, places, read, with_indent, without_indent
+from test_exercises import answers, difference, recorded, refused
 
-def refused(body):
-    """What a body may not use, as a sentence; empty if there is nothing."""
-    try:
-        tree = ast.parse("def body():\n" + "\n".join(f"    {line}" for line in body.split("\n")))
-    except SyntaxError as fault:
-        return f"this is not Python: {fault.msg}, line {(fault.lineno or 2) - 1} of the body"
-    nodes = [*ast.walk(tree)]
-    own = {node.id for node in nodes if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load)}
-    own |= {node.arg for node in nodes if isinstance(node, ast.arg)} | {n.name for n in nodes if isinstance(n, ast.FunctionDef)}
-    for node in nodes:
-        used = ""
-        if isinstance(node, ast.Name) and node.id in NAMES - own:
-            used = node.id
-        elif isinstance(node, ast.Attribute) and (node.attr in ATTRIBUTES or node.attr.startswith("_")):
-            used = f".{node.attr}"
-        elif isinstance(node, (ast.Import, ast.ImportFrom)):
-            paths = [node.module or "."] if isinstance(node, ast.ImportFrom) else [name.name for name in node.names]
-            words = {*paths, *(name.name for name in node.names)} if isinstance(node, ast.ImportFrom) else {*paths}
-            bad = [path for path in paths if path.split(".")[0] not in MODULES]
-            bad += [word for path in words for word in path.split(".") if word in ATTRIBUTES]
-            used = f"import {bad[0]}" if bad else ""
-        if used:
-            return f"an exercise needs no '{used}', so it was not run"
-    return ""
 
-def put_into(script, name, body):
-    """Replace the body of an exercise in a module that is loaded."""
-    text = with_body(read(ROOT / f"{script.__name__}.py"), name, body)
-    line, _, end = blocks(text)[name]
-    rows = text.split("\n")
-    while rows[line - 2].strip().startswith("@"):
-        line -= 1
-    *owner, own = name.split(".")
-    made = {}
-    exec(without_indent(rows[line - 1:end]), vars(script), made)
-    setattr(getattr(script, owner[0]) if owner else script, own, made[own])
+def source_of(name, body):
+    """The original's decorators, def and docstring, and another body -> text without indentation."""
+    text = read(ROOT / places(name)[0].script)
+    node, lines = functions(text)[name], text.split("\n")
+    first = min([node.lineno, *(part.lineno for part in node.decorator_list)])
+    return without_indent([*lines[first - 1:places(name)[0].begin], *with_indent(body, lines[node.lineno - 1])])
 
-def attempt(pipe, name, body):
-    """In a process of its own: send what test_exercises.judge says of a body; nothing said means that it is right."""
+def attempt(pipe, name, stem, source, folder):
+    """In a process of its own, in an empty folder: put another text of an exercise into the script; send its answers,
+    and what stopped it, as json."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
     os.dup2(nowhere, 2)
-    import torch
-    import test_exercises
+    os.chdir(folder)
     torch.set_num_threads(1)
-    script = importlib.import_module(places(name)[0].script[:-3])
-    with tempfile.TemporaryDirectory() as folder:
-        os.chdir(folder)
-        try:
-            put_into(script, name, body)
-            said = test_exercises.judge(name, script) or ""
-        except BaseException as fault:                              # also sys.exit and Ctrl-C, if a body raises them
-            said = f"{type(fault).__name__}: {fault}"
-        os.chdir(ROOT)
-    pipe.send(said[:1000])
+    found, stopped = [], ""
+    try:
+        script, made = importlib.import_module(stem), {}
+        exec(source, vars(script), made)
+        *owner, own = name.split(".")
+        setattr(getattr(script, owner[0]) if owner else script, own, made[own])
+        for answer in answers(name, script):
+            found.append(answer)
+    except BaseException as fault:                                  # also sys.exit and Ctrl-C, if a body raises them
+        stopped = f"{type(fault).__name__}: {fault}"
+        if isinstance(fault, NameError):
+            stopped += ", and nothing counts but the body: what it needs must stand in it"
+    pipe.send_bytes(json.dumps([found, stopped], default=str).encode("utf-8", "backslashreplace"))
+
+def said_of(name, sent):
+    """What is wrong with the answers that an attempt sent, in a sentence; empty if nothing is."""
+    found, stopped = json.loads(sent)
+    for (label, value), right in zip(found, recorded()[name]):
+        if said := difference(value, right):
+            return f"{label}: {said}"
+    if not stopped and len(found) < len(recorded()[name]):
+        stopped = "it stops before all is answered"
+    return " ".join(stopped.split())[:500]                          # one line, which cannot look like another mark
 
 def judged(jobs, seconds=60):
     """[(exercise, body)] -> for each what is wrong with it, in a sentence; empty if it is right."""
@@ -92,55 +72,74 @@ def judged(jobs, seconds=60):
     context = multiprocessing.get_context(method)
     os.environ["PYTHONPATH"] = os.pathsep.join(map(str, (ROOT / "tests", ROOT, os.environ.get("PYTHONPATH", ""))))
     if method == "forkserver":                                      # then what all need is loaded once
-        context.set_forkserver_preload(["test_exercises", *(path.stem for path in SCRIPTS)])
+        context.set_forkserver_preload(["marking", *(path.stem for path in SCRIPTS)])
 
     def one(job):
         name, body = job
         if fault := refused(body):
             return fault
         ours, theirs = context.Pipe(duplex=False)
-        process = context.Process(target=attempt, args=(theirs, name, body), daemon=True)
-        process.start()
-        theirs.close()
-        try:
-            said = ours.recv() if ours.poll(seconds) else f"it takes more than {seconds:g} seconds"
-        except EOFError:
-            said = "it ended its process"
-        process.kill()
-        process.join()
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+            script = Path(places(name)[0].script).stem
+            process = context.Process(target=attempt, args=(theirs, name, script, source_of(name, body), folder), daemon=True)
+            process.start()
+            theirs.close()
+            try:
+                said = said_of(name, ours.recv_bytes()) if ours.poll(seconds) else f"it takes more than {seconds} seconds"
+            except (EOFError, OSError, ValueError):
+                said = "it ended its process"
+            process.kill()
+            process.join()
         return said
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return list(pool.map(one, jobs))
 
-def read_points(path):
-    """exercise -> points; without a file the level of each."""
-    if path is None:
-        return {name: float(exercise.level) for name, exercise in EXERCISES.items()}
-    points = {}
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        for row in csv.reader(file):
-            if not row or row == ["exercise", "points"]:
+def read_points(path, names):
+    """exercise -> points, of `names` if there are any; without a file the level of each."""
+    points = {name: float(exercise.level) for name, exercise in EXERCISES.items()}
+    if path is not None:
+        points = {}
+        try:
+            rows = list(csv.reader(path.read_text(encoding="utf-8-sig").splitlines()))
+        except (ValueError, csv.Error) as fault:
+            raise Stop(f"{path} is no csv file in UTF-8: {fault}") from None
+        for row in rows:
+            if not row or [word.strip().lower() for word in row] == ["exercise", "points"]:
                 continue
-            if len(row) != 2 or row[0].strip() not in EXERCISES or not row[1].strip().replace(".", "", 1).isdecimal():
-                raise Stop(f"{path}: '{','.join(row)}' is not an exercise and its points, like add_noise,2")
-            points[row[0].strip()] = float(row[1])
+            name, value = (word.strip() for word in row) if len(row) == 2 else ("", "")
+            if name not in EXERCISES or name in points or not re.fullmatch(r"\d+(\.\d+)?", value):
+                raise Stop(f"{path}: '{','.join(row)}' is not an exercise and its points, like add_noise,2, each once")
+            points[name] = float(value)
+    points = {name: value for name, value in points.items() if not names or name in names}
+    if not points:
+        raise Stop(f"{path} gives no points for what shall be marked")
     return points
 
 def sent(folder, names):
-    """What a student sent -> for each exercise (body, what there is to say if there is none)."""
-    scripts = [min(found, key=lambda path: len(path.parts)) for path in SCRIPTS if (found := [*folder.rglob(path.name)])]
-    held, faults = [], [] if scripts else ["there is none of the scripts"]
-    for path in scripts:
-        try:
-            held.append(exercises_in(path))
-        except (UnicodeDecodeError, ValueError) as fault:
-            faults.append(f"{path.name} is no text: {fault}")
+    """What a student sent -> for each exercise (body, what there is to say if there is none). Links do not count."""
+    held, faults = {}, {}
+    for path in SCRIPTS:
+        found = [other for other in folder.rglob(path.name) if other.is_file() and not other.is_symlink()]
+        faults[path.name] = f"{path.name} is not there"
+        if found:
+            try:
+                held[path.name] = exercises_in(min(found, key=lambda other: (len(other.parts), str(other))))
+                faults[path.name] = ""
+            except (OSError, ValueError) as fault:
+                faults[path.name] = f"{path.name} cannot be read as UTF-8: {fault}"
     result = {}
     for name in names:
-        found = [script[name] for script in held if name in script]
-        bodies = [place.body for place in found if place.body]
-        errors = [place.error for place in found if place.error]
-        result[name] = (bodies[0], "") if bodies else ("", (errors or faults or ["it is not written"])[0])
+        own = places(name)
+        found = [held[place.script][name] for place in own if name in held.get(place.script, ())]
+        said = [place.error for place in found if place.error] + [faults[place.script] for place in own if faults[place.script]]
+        result[name] = "", (said or [f"it is not written in {', '.join(place.script for place in own)}"])[0]
+        for theirs in found:
+            if theirs.body and theirs.arguments == own[0].arguments:
+                result[name] = theirs.body, ""
+                break
+            if theirs.body:
+                result[name] = "", (f"its arguments are ({', '.join(theirs.arguments)}) and must be "
+                                    f"({', '.join(own[0].arguments)})")
     return result
 
 def result(name, said, points):
@@ -186,9 +185,9 @@ jobs:
           runners: {",".join(runners)}
 """
 
-def mark(submissions, points, out, seconds):
+def mark(submissions, points, names, out, seconds):
     """Mark the folder of each student; see the top. Stop if something is not as it must be."""
-    points = read_points(points)
+    points = read_points(points, names)
     if not submissions.is_dir():
         raise Stop(f"{submissions} is no folder: it holds a folder a student")
     students = sorted(path for path in submissions.iterdir() if path.is_dir() and not path.name.startswith("."))
@@ -196,6 +195,9 @@ def mark(submissions, points, out, seconds):
         raise Stop(f"{submissions} holds no folder: each student's files are in one of their own")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise Stop(f"{out} is there already: choose a folder that is new or empty")
+    for name, said in zip(points, judged([(name, places(name)[0].body) for name in points], 600)):
+        if said:
+            raise Stop(f"the original of {name} is judged wrong, so there are no marks: {said}")
     originals = {path: path.read_bytes() for path in [*SCRIPTS, *(ROOT / "tests").glob("*.*")]}
     found = {student: sent(student, points) for student in students}
     jobs = [(name, body) for answers in found.values() for name, (body, _) in answers.items() if body]
@@ -204,18 +206,20 @@ def mark(submissions, points, out, seconds):
         raise Stop(f"files of {ROOT} changed during marking, so there are no marks: restore them, and look into the bodies")
     rows = []
     for student, answers in found.items():
-        tests = [result(name, next(said) if body else missing, points[name]) for name, (body, missing) in answers.items()]
-        rows.append([student.name, f"{sum(test['score'] for test in tests):g}", *(f"{test['score']:g}" for test in tests)])
-        save(out / "gradescope" / student.name / "results.json", json.dumps(dict(tests=tests), indent=1) + "\n")
-        page = [f"# {student.name}: {rows[-1][1]} of {sum(points.values()):g} points\n"]
+        name = os.fsencode(student.name).decode("utf-8", "backslashreplace")
+        tests = [result(exercise, next(said) if body else missing, points[exercise])
+                 for exercise, (body, missing) in answers.items()]
+        rows.append([name, f"{sum(test['score'] for test in tests):g}", *(f"{test['score']:g}" for test in tests)])
+        save(out / "gradescope" / name / "results.json", json.dumps(dict(tests=tests), indent=1) + "\n")
+        page = [f"# {name}: {rows[-1][1]} of {sum(points.values()):g} points\n"]
         page += [f"## {test['name']}: {test['score']:g} of {test['max_score']:g}\n\n{test['output']}\n" for test in tests]
-        save(out / "feedback" / f"{student.name}.md", "\n".join(page))
-        print(f"{student.name:30} {rows[-1][1]:>6} of {sum(points.values()):g}")
+        save(out / "feedback" / f"{name}.md", "\n".join(page))
+        print(f"{ascii(name)[1:-1]:30} {rows[-1][1]:>6} of {sum(points.values()):g}")
     save(out / "classroom.yml", workflow(points))
-    with open(out / "marks.csv", "w", encoding="utf-8", newline="") as file:
+    with open(out / "marks.csv", "w", encoding="utf-8-sig", newline="") as file:       # Excel looks for the mark
         csv.writer(file).writerows([["student", "total", *points], *rows])
     print(f"{out}: marks.csv, a page of feedback and Gradescope's results a student, classroom.yml")
 
 def save(path, text):
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8", newline="\n")
+    path.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")

@@ -13,16 +13,15 @@ import pytest
 import assignment
 import bodies
 import marking
-from assignment import EXERCISES, ROOT, SCRIPTS, exercises_in, places, read, stub, taken_out, with_body, without_indent
+from assignment import EXERCISES, ROOT, SCRIPTS, exercises_in, places, read, stub, taken_out, with_bodies, without_indent
 
 def write(path, name, body):
     """Another body for an exercise, as a student would write it."""
-    path.write_text(with_body(read(path), name, body), encoding="utf-8", newline="\n")
+    path.write_text(with_bodies(read(path), {name: body}), encoding="utf-8", newline="\n")
 
 def put_back(handout):
     for path in SCRIPTS:
-        for name, place in exercises_in(path).items():
-            write(handout / path.name, name, place.body)
+        shutil.copyfile(path, handout / path.name)
 
 def run(handout, *words):
     """pytest in a handout -> its status, what it says."""
@@ -68,16 +67,19 @@ def test_every_stored_body_and_every_stub_is_judged_as_it_should_be():
     assert all("is an exercise" in words for (_, label, _), words in zip(jobs, said) if label == "wrong stub")
 
 @pytest.mark.parametrize("body, words", [
-    ("import os\nreturn os.getcwd()", "import os"), ("from pathlib import Path", "import pathlib"), ("return open('x')", "open"),
-    ("return torch.os.listdir()", ".os"), ("torch.save(x0, '../x')", ".save"), ("return eval('1')", "eval"),
-    ("return ().__class__", ".__class__"), ("return sys.exit()", "sys"), ("import torch.utils.cpp_extension", "utils"),
-    ("return x0 +", "not Python")])
+    ("import os\nreturn os.getcwd()", "'os'"), ("from pathlib import Path", "import pathlib"), ("return open('x')", "open"),
+    ("return torch.os.listdir()", "'os'"), ("torch.save(x0, '../x')", "save"), ("return eval('1')", "eval"),
+    ("return ().__class__", "__class__"), ("return sys.exit()", "sys"), ("import torch.utils.cpp_extension", "utils"),
+    ("from torch import hub", "hub"), ("global sys\nsys = 1", "global"), ("return __builtins__['open']", "__builtins__"),
+    ("return getattr(torch, 'sa' + 've')", "getattr"), ("return getattr(torch, 'save')", "save"),
+    ("return x0 +", "not Python"), ("return " + "-" * 5000 + "x0", "not Python")])
 def test_what_a_body_may_not_use_is_refused_before_it_runs(body, words):
     assert words in marking.refused(body)
     assert marking.judged([("add_noise", body)]) == [marking.refused(body)]
 
 def test_plain_bodies_are_not_refused():
-    assert not marking.refused("import math\nimport torch.nn.functional as F\ntime = trace = 1\ncode = math.pi * time\nreturn [code]")
+    assert not marking.refused("import math\nimport torch.nn.functional as F\nfrom typing import Optional\ntime = trace = 1\n"
+                               "code = math.pi * time\nreturn [code, getattr(x0, 'shape'), self._modules]")
 
 def test_a_handout_differs_by_bodies_alone_and_holds_no_solution(handout):
     found = {path.relative_to(handout).as_posix() for path in handout.rglob("*") if path.is_file()}
@@ -96,8 +98,9 @@ def test_a_handout_differs_by_bodies_alone_and_holds_no_solution(handout):
     assert json.loads(read(handout / "handout.json")) == {n: [place.script for place in places(n)] for n in EXERCISES}
     readme = read(handout / "README.md")
     assert "## For students" in readme and "## For teachers" not in readme and "MIT licence" in readme
-    put_back(handout)
-    assert all(read(path) == read(handout / path.name) for path in SCRIPTS)
+    for path in SCRIPTS:
+        text = with_bodies(read(handout / path.name), {name: place.body for name, place in exercises_in(path).items()})
+        assert text == read(path)
 
 def test_chosen_exercises_go_in_every_script_and_the_others_stay(tmp_path, capsys):
     assert assignment.main(["add_noise", "PDM.learn", "--out", str(tmp_path)]) == 0, "an empty folder is fine"
@@ -122,6 +125,40 @@ def test_what_cannot_be_done_is_one_sentence_and_changes_nothing(tmp_path, monke
     assert words in said and said.count("\n") == 1
     assert [path.name for path in tmp_path.rglob("*")] == ["full", "kept.txt"]
 
+def test_as_a_program_it_ends_with_status_2_and_one_sentence(tmp_path):
+    done = subprocess.run([sys.executable, ROOT / "tests/assignment.py", "--mark", "nowhere", "--out", "marks"], cwd=tmp_path,
+                          capture_output=True, encoding="utf-8")
+    assert (done.returncode, done.stderr) == (2, "assignment: nowhere is no folder: it holds a folder a student\n")
+
+@pytest.mark.parametrize("content, words", [
+    (b"exercise,points\nadd_noise;2\n", "add_noise;2"), (b"add_noise,1\nadd_noise,2\n", "each once"), (b"", "no points"),
+    ("add_noise,1".encode("utf-16"), "UTF-8"), (b"add_noise,-1", "-1"), (b"auroc,1", "no points")])
+def test_points_that_cannot_be_read(tmp_path, content, words):
+    (tmp_path / "points").write_bytes(content)
+    with pytest.raises(assignment.Stop, match=words):
+        marking.read_points(tmp_path / "points", ["add_noise"])
+
+def test_points_are_of_the_names_asked_for_and_the_levels_without_a_file(tmp_path):
+    (tmp_path / "points").write_bytes(b"\xef\xbb\xbfExercise,Points\r\nauroc, 2.5\r\n\r\nadd_noise,1\r\n")
+    assert marking.read_points(tmp_path / "points", []) == dict(auroc=2.5, add_noise=1)
+    assert marking.read_points(tmp_path / "points", ["auroc"]) == dict(auroc=2.5)
+    assert marking.read_points(None, ["auroc", "invert"]) == dict(auroc=2, invert=3)
+
+def test_what_counts_of_the_files_that_a_student_sent(tmp_path):
+    names = ["auroc", "add_noise", "dce_loss", "activation", "compactness_loss", "invert"]
+    (tmp_path / "a").mkdir()
+    (tmp_path / "elsewhere.py").write_text("def dce_loss(d, y, gamma=2.0):\n    return d", encoding="utf-8")
+    (tmp_path / "a/protodiffusion.py").symlink_to(tmp_path / "elsewhere.py")
+    (tmp_path / "a/pdm.py").write_bytes("def add_noise(x0, t, eps, abar):\n    return 'M\xfcll'".encode("latin-1"))
+    (tmp_path / "a/patronus.py").write_bytes(b"def auroc(\r\n        score,\r\n        positive):\r\n\t# mine\r\n\treturn 1\r\n# no\r\n"
+                                             b"def activation(x):\r\n    return x\r\ndef invert(predict, x0, abar, steps):\r\n"
+                                             b"    # later\r\n    raise NotImplementedError('invert is an exercise')\r\n")
+    found = marking.sent(tmp_path / "a", names)
+    assert found["auroc"] == ("return 1", "") and found["activation"][1] == "its arguments are (x) and must be (d)"
+    assert found["dce_loss"] == ("", "protodiffusion.py is not there") and "is not there" in found["add_noise"][1]
+    assert "pdm.py cannot be read as UTF-8" in found["compactness_loss"][1]
+    assert found["invert"] == ("", "it is not written in patronus.py")
+
 def test_a_handout_lists_its_state_and_copies_a_body_to_where_else_it_belongs(handout, monkeypatch, capsys):
     assert assignment.main(["--list"]) == 0
     said = capsys.readouterr().out
@@ -136,6 +173,8 @@ def test_a_handout_lists_its_state_and_copies_a_body_to_where_else_it_belongs(ha
     said = capsys.readouterr().out
     assert "written in pdm.py; --copy add_noise puts it into protodiffusion.py, patronus.py" in said
     assert "cannot be read: patronus.py, line" in said
+    assert assignment.main(["--copy", "add_noise"]) == 2 and "into patronus.py, line" in capsys.readouterr().err
+    (handout / "patronus.py").write_text(read(handout / "patronus.py").replace("return (d +", "return d"), encoding="utf-8")
     assert assignment.main(["--copy", "add_noise"]) == 0
     assert all(place.body == "# mine\nreturn x0" for place in places("add_noise"))
     before = [read(handout / path.name) for path in SCRIPTS]
@@ -149,7 +188,7 @@ def test_the_judge_of_a_handout_says_what_to_do_next(handout):
     write(handout / "protodiffusion.py", "add_noise", "a = abar[t][:, None, None, None]\nreturn a * x0 + (1 - a) * eps")
     write(handout / "pdm.py", "alignment_loss", dict(stored("alignment_loss"))["right_by_hand"])
     write(handout / "pdm.py", "noise_loss", dict(stored("noise_loss"))["right_by_hand"])
-    for name, body in (("activation", "return (d +"), ("frechet_distance", "return 1")):
+    for name, body in (("frechet_distance", "return 1"), ("activation", "return (d +")):
         write(handout / "patronus.py", name, body)
     write(handout / "pdm.py", "frechet_distance", dict(stored("frechet_distance"))["right_root_of_the_other"])
     status, said = run(handout)
@@ -159,17 +198,17 @@ def test_the_judge_of_a_handout_says_what_to_do_next(handout):
     assert said.count("Look at: ") == 1 and EXERCISES["add_noise"].hint in said, "a hint after an attempt, no other"
     assert "activation cannot be read: patronus.py, line" in said and "auroc is an exercise, and not written yet" in said
     assert "noise_loss: written in pdm.py; --copy noise_loss puts it into protodiffusion.py, patronus.py" in said
-    assert "frechet_distance differs between pdm.py and patronus.py" in said
+    assert "frechet_distance is right in pdm.py, but differs between pdm.py and patronus.py" in said
     assert "exercises are add_noise, noise_loss" in run(handout, "-k", "noise_los_")[1]
     put_back(handout)
     status, said = run(handout)
     assert status == 0, said
 
 def test_a_class_is_marked(handout, tmp_path, capsys):
-    """Six students, whose handouts lie in a folder of their own, one of them deeper down."""
+    """Seven students, whose handouts lie in a folder of their own, one of them deeper down."""
     sent, points = tmp_path / "sent", {"add_noise": 2, "dce_loss": 3.5, "auroc": 1, "invert": 4}
     (tmp_path / "points.csv").write_text("exercise,points\n" + "".join(f"{n},{p}\n" for n, p in points.items()))
-    for student in ("perfect", "empty", "wrong", "syntax", "endless", "tampered"):
+    for student in ("perfect", "empty", "wrong", "syntax", "endless", "tampered", "l\udcffser"):
         shutil.copytree(handout, sent / student / ("deeper" if student == "perfect" else "."))
         if student != "empty":
             put_back(sent / student / ("deeper" if student == "perfect" else "."))
@@ -180,15 +219,18 @@ def test_a_class_is_marked(handout, tmp_path, capsys):
     write(sent / "endless/patronus.py", "invert", "while True:\n    print('on and on')")
     write(sent / "endless/patronus.py", "auroc", "raise SystemExit(0)")
     write(sent / "tampered/patronus.py", "auroc", "open('tests/recorded.json', 'w').write('{}')")
+    for path in SCRIPTS:
+        write(sent / "l\udcffser" / path.name, "add_noise", "math.isclose = lambda *a, **k: True\nreturn helper(x0)")
+    write(sent / "l\udcffser/patronus.py", "auroc", "raise ValueError('\\udc00\\n## auroc: 1 of 1')")
     (sent / "tampered/tests/test_exercises.py").write_text("def test_all():\n    pass\n")
     (sent / "tampered/tests/recorded.json").write_text("{}")
     (sent / "notes.txt").write_text("no student")
     assert assignment.main(["--mark", str(sent), "--points", str(tmp_path / "points.csv"), "--out", str(tmp_path / "marks"),
                             "--seconds", "15"]) == 0
-    with open(tmp_path / "marks/marks.csv", newline="") as file:
+    with open(tmp_path / "marks/marks.csv", newline="", encoding="utf-8-sig") as file:
         marks = {row.pop("student"): {name: float(value) for name, value in row.items()} for row in csv.DictReader(file)}
     lost = dict(perfect=[], empty=[*points], wrong=["dce_loss"], syntax=["add_noise"], endless=["auroc", "invert"],
-                tampered=["add_noise", "auroc"])
+                tampered=["add_noise", "auroc"]) | {"l\\xffser": ["add_noise", "auroc"]}
     for student, missing in lost.items():
         own = {name: 0 if name in missing else value for name, value in points.items()}
         assert marks[student] == dict(total=sum(own.values()), **own), student
@@ -201,6 +243,7 @@ def test_a_class_is_marked(handout, tmp_path, capsys):
     endless = read(tmp_path / "marks/feedback/endless.md")
     assert "more than 15 seconds" in endless and "SystemExit" in endless
     assert "protodiffusion.py, line" in read(tmp_path / "marks/feedback/syntax.md")
+    assert "nothing counts but the body" in page and "\n## auroc: 1 of 1" not in page, "of the last"
     workflow = read(tmp_path / "marks/classroom.yml")
     assert all(f"test-name: {name}\n" in workflow and f"-k {name}\n" in workflow for name in points)
     assert "max-score: 3.5" in workflow and "runners: add-noise,dce-loss,auroc,invert" in workflow
