@@ -10,6 +10,10 @@ of the table, so the denoiser knows from its first step which classes are alike.
 stays as it is ("frozen") or trains on ("unfrozen"); "random" is the usual table, the paper's
 baseline. The paper reports equal quality in about half the training time.
 
+Does it help? Ten figures of shapes are learned as fast without. Of 160 fine classes 35 % of samples
+are recognised after 1,600 steps, with a random table 8 % (README). It takes prototypes that know
+who is alike, which they do if they start at class means; permuted, they are as bad as random rows.
+
     stage 1   image ──> ResNet f(x) ──> nearest prototype = class      DCE loss + prototype loss
                                              │
     stage 2               table of prototypes [C, D] ──> MLP ─┐ (zero vector: no class)

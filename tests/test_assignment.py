@@ -77,6 +77,10 @@ def test_what_a_body_may_not_use_is_refused_before_it_runs(body, words):
     assert words in marking.refused(body)
     assert marking.judged([("add_noise", body)]) == [marking.refused(body)]
 
+def test_who_stops_early_is_not_right():
+    answers = json.dumps([[["a", value] for value in marking.recorded()["invert"][:-1]], ""])
+    assert marking.said_of("invert", answers) == "it stops before all is answered"
+
 def test_plain_bodies_are_not_refused():
     assert not marking.refused("import math\nimport torch.nn.functional as F\nfrom typing import Optional\ntime = trace = 1\n"
                                "code = math.pi * time\nreturn [code, getattr(x0, 'shape'), self._modules]")
@@ -181,6 +185,7 @@ def test_a_handout_lists_its_state_and_copies_a_body_to_where_else_it_belongs(ha
     write(handout / "pdm.py", "add_noise", "return eps")
     write(handout / "protodiffusion.py", "add_noise", stub("add_noise"))
     assert assignment.main(["--copy", "add_noise"]) == 2 and "pdm.py, patronus.py" in capsys.readouterr().err
+    assert assignment.main(["--list", "add_noise"]) == 0 and "differs between pdm.py, patronus.py" in capsys.readouterr().out
     assert read(handout / "patronus.py") == before[2]
     assert assignment.main(["--out", str(handout / "new")]) == 2 and "is a handout itself" in capsys.readouterr().err
 
