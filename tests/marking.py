@@ -23,6 +23,11 @@ from pathlib import Path
 
 import torch
 
+try:
+    import resource
+except ImportError:                                                 # Windows
+    resource = None
+
 from assignment import EXERCISES, ROOT, SCRIPTS, Stop, exercises_in, functions, places, read, with_indent, without_indent
 from test_exercises import answers, difference, recorded, refused
 
@@ -34,9 +39,11 @@ def source_of(name, body):
     first = min([node.lineno, *(part.lineno for part in node.decorator_list)])
     return without_indent([*lines[first - 1:places(name)[0].begin], *with_indent(body, lines[node.lineno - 1])])
 
-def attempt(pipe, name, stem, source, folder):
+def attempt(pipe, name, stem, source, folder, seconds):
     """In a process of its own, in an empty folder: put another text of an exercise into the script; send its answers,
-    and what stopped it, as json."""
+    and what stopped it, as json. Its processor time ends even if the marking was killed."""
+    if resource:
+        resource.setrlimit(resource.RLIMIT_CPU, (2 * seconds, 2 * seconds))
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
     os.dup2(nowhere, 2)
@@ -81,7 +88,8 @@ def judged(jobs, seconds=60):
         ours, theirs = context.Pipe(duplex=False)
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             script = Path(places(name)[0].script).stem
-            process = context.Process(target=attempt, args=(theirs, name, script, source_of(name, body), folder), daemon=True)
+            given = theirs, name, script, source_of(name, body), folder, seconds
+            process = context.Process(target=attempt, args=given, daemon=True)
             process.start()
             theirs.close()
             try:
