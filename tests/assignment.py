@@ -96,7 +96,7 @@ def stub(name):
     return f'raise NotImplementedError("{name} is an exercise: pytest tests -k {name}")'
 
 def read(path):
-    return path.read_text(encoding="utf-8")
+    return path.read_text(encoding="utf-8-sig")                     # some editors put a mark in front
 
 def without_indent(lines):
     least = min((len(line) - len(line.lstrip()) for line in lines if line.strip()), default=0)

@@ -154,7 +154,7 @@ def test_what_counts_of_the_files_that_a_student_sent(tmp_path):
     (tmp_path / "elsewhere.py").write_text("def dce_loss(d, y, gamma=2.0):\n    return d", encoding="utf-8")
     (tmp_path / "a/protodiffusion.py").symlink_to(tmp_path / "elsewhere.py")
     (tmp_path / "a/pdm.py").write_bytes("def add_noise(x0, t, eps, abar):\n    return 'M\xfcll'".encode("latin-1"))
-    (tmp_path / "a/patronus.py").write_bytes(b"def auroc(\r\n        score,\r\n        positive):\r\n\t# mine\r\n\treturn 1\r\n# no\r\n"
+    (tmp_path / "a/patronus.py").write_bytes(b"\xef\xbb\xbfdef auroc(\r\n        score,\r\n        positive):\r\n\t# mine\r\n\treturn 1\r\n# no\r\n"
                                              b"def activation(x):\r\n    return x\r\ndef invert(predict, x0, abar, steps):\r\n"
                                              b"    # later\r\n    raise NotImplementedError('invert is an exercise')\r\n")
     found = marking.sent(tmp_path / "a", names)
