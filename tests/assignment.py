@@ -133,7 +133,7 @@ def blocks(text):
                 owner = f"{match[3]}."
             name = (owner if match[1] else "") + match[3]
             end = i + 1
-            while end < len(lines) and (not lines[end].strip() or lines[end].startswith(match[1] + (" " if match[1] else "") or " ")):
+            while end < len(lines) and (not lines[end].strip() or lines[end].startswith(match[1] + " ")):
                 end += 1
             if match[2] == "def" and name in EXERCISES:
                 found[name] = i + 1, without_indent(lines[i:end])

@@ -31,7 +31,6 @@ except ImportError:                                                 # Windows
 from assignment import EXERCISES, ROOT, SCRIPTS, Stop, exercises_in, functions, places, read, with_indent, without_indent
 from test_exercises import answers, difference, recorded, refused
 
-
 def source_of(name, body):
     """The original's decorators, def and docstring, and another body -> text without indentation."""
     text = read(ROOT / places(name)[0].script)

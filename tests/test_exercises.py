@@ -343,7 +343,7 @@ def difference(found, right, place=""):
 
 def answers(name, script):
     """Labels and answers of what the script, a module, holds as this exercise."""
-    case = dict({"PrototypeAttention.forward": attention, "PDM.learn": learn}).get(name) or globals()[name]
+    case = {"PrototypeAttention.forward": attention, "PDM.learn": learn}.get(name) or globals()[name]
     for label, found in case(functools.reduce(getattr, name.split("."), script), script):
         yield label, copy.deepcopy(plain(found))                    # a list may go on growing
 
