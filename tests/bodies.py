@@ -18,6 +18,10 @@ class add_noise:
         a = abar[t] if len(t) == x0.shape[-1] else abar[t][:, None, None, None]
         return a.sqrt() * x0 + (1 - a).sqrt() * eps
 
+    def wrong_in_place(x0, t, eps, abar):
+        a = abar[t][:, None, None, None]
+        return x0.mul_(a.sqrt()) + (1 - a).sqrt() * eps
+
     wrong = {
         "no roots": ("a.sqrt() * x0 + (1 - a).sqrt()", "a * x0 + (1 - a)"),
         "the root of 1 - abar is 1 - its root": ("(1 - a).sqrt()", "(1 - a.sqrt())"),
