@@ -172,8 +172,8 @@ def image_encoder(dim, side):
 # exercise
 def receptive_field(encoder):
     """start, size, step: feature i of a row sees `size` pixels, the first of them start + i * step.
-    The three follow from kernel, stride and padding of the convolutions, first to last. A
-    start below 0 lies in the padding. For a --patch of 15 pixels they are (0, 15, 2)."""
+    The three follow from kernel, stride and padding of the convolutions, first to last (Araujo et
+    al. 2019). A start below 0 lies in the padding. For a --patch of 15 pixels: (0, 15, 2)."""
     start = 0
     size = 1
     step = 1
@@ -1484,7 +1484,8 @@ def inception_metrics(cfg, samples, real, device):
 def auroc(score, positive):
     """P(a positive scores above a negative), ties half: score [N], positive bool [N] -> a number.
     With P positives, N negatives: (sum of the positives' ranks - P (P + 1) / 2) / (P N). Ranks
-    count all scores from 1 upwards, and ties share their mean rank. NaN without either."""
+    count all scores from 1 upwards, and ties share their mean rank (Mann & Whitney 1947). NaN
+    without either."""
     _, place, count = score.unique(return_inverse=True, return_counts=True)
     rank = (count.cumsum(0) - (count - 1) / 2).double()[place]              # 1..N, the mean of ties
     P = positive.sum().item()

@@ -64,7 +64,7 @@ EXERCISES = {
     "PDM.learn": Exercise(3, 60, "PDM, algorithm",
         "contrastive_loss, alignment_loss, compactness_loss, swapped_loss",
         "nearest to the clean image, or label; s-PDM: no compactness; count once, then p"),
-    "receptive_field": Exercise(2, 25, "", "",
+    "receptive_field": Exercise(2, 25, "Araujo", "",
         "kernel and padding count in steps of the layers before; strides multiply later steps"),
     "patch_distances": Exercise(2, 25, "ProtoPNet", "",
         "squared, for each patch and prototype: [B, m, h, w]; at least 0; float32 under autocast"),
@@ -73,7 +73,7 @@ EXERCISES = {
         "from the clean image, abar = 1, to the noisiest level; the network is told the t of the current x"),
     "spherical": Exercise(1, 15, "Shoemake", "",
         "the angle between two vectors as long as the image has numbers; do not divide by almost 0"),
-    "auroc": Exercise(2, 25, "", "", "ties count half; only the order of the scores matters; NaN if one kind is missing"),
+    "auroc": Exercise(2, 25, "Mann & Whitney", "", "ties count half; only the order of the scores matters; NaN if one kind is missing"),
     "choose_movers": Exercise(2, 20, "Patronus", "auroc",
         "0.1 tells a trait as well as 0.9; the n best for b go first, then the n best for a of the rest"),
 }

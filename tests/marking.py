@@ -8,8 +8,8 @@ costs one exercise. Without a body in the first script, that of the next counts.
 marks.csv, feedback/STUDENT.md, gradescope/STUDENT/results.json (Gradescope and otter-grader read it as
 /autograder/results/results.json), and classroom.yml, a workflow for GitHub Classroom.
 
-A body gets no files and no network: what it may not use is refused before it runs, its time is limited, what it prints
-is thrown away. That stops mishaps and jokes, but is no sandbox: mark what strangers send inside a container.
+A body gets no files and no network: what it may not use is refused before it runs, its time (and on Linux its memory)
+is limited, what it prints is thrown away. That stops mishaps and jokes, but is no sandbox: mark what strangers send inside a container.
 """
 import csv
 import importlib
@@ -43,6 +43,7 @@ def attempt(pipe, name, stem, source, folder, seconds):
     and what stopped it, as json. Its processor time ends even if the marking was killed."""
     if resource:
         resource.setrlimit(resource.RLIMIT_CPU, (2 * seconds, 2 * seconds))
+        resource.setrlimit(resource.RLIMIT_DATA, (4 << 30, 4 << 30))
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
     os.dup2(nowhere, 2)

@@ -81,6 +81,11 @@ def test_who_stops_early_is_not_right():
     answers = json.dumps([[["a", value] for value in marking.recorded()["invert"][:-1]], ""])
     assert marking.said_of("invert", answers) == "it stops before all is answered"
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit is Linux's")
+def test_a_body_gets_no_more_memory_than_there_is_for_one():
+    [said] = marking.judged([("add_noise", "return [0] * 10 ** 9")])
+    assert said.startswith("MemoryError")
+
 def test_plain_bodies_are_not_refused():
     assert not marking.refused("import math\nimport torch.nn.functional as F\nfrom typing import Optional\ntime = trace = 1\n"
                                "code = math.pi * time\nreturn [code, getattr(x0, 'shape'), self._modules]")
