@@ -87,6 +87,13 @@ def test_fine_classes_are_figures_split_by_the_attributes_that_their_names_tell(
         assert named[-1] == pd.SHAPES[figure] and [word in named for word in words[:n]] == has and len(named) == n + 1
     assert pd.load_dataset(name, "test", 8).classes == fine.classes
 
+def test_the_judge_recognises_the_fine_classes_of_images_that_it_never_saw(tmp_path, monkeypatch):
+    monkeypatch.setattr(pd, "SHAPE_SPLITS", dict(train=(200, 0), test=(2000, 1), judge=(20_000, 2)))
+    cfg = config(pd, dataset="shapes-40", image_size=12, judge_width=8, judge_steps=250, amp="auto", data_dir=str(tmp_path))
+    train_set, test_set, _ = pd.load_classes(cfg)
+    found = pd.judge_images(pd.load_judge(cfg, train_set, CPU), test_set.images, test_set.labels, CPU)
+    assert found["accuracy"] > 0.98, "else it would measure itself"
+
 def test_few_images_of_each_class_are_trained_on_and_all_are_held_out_and_for_the_judge():
     few, test, whole = pd.load_classes(config(pd, dataset="shapes-40", images_per_class=3))
     all_, held_out = pd.load_sets(config(pd, dataset="shapes-40"))
