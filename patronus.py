@@ -1700,7 +1700,8 @@ def draw_when(path, times, course, order, emerged, curves):
         left.plot(emerged[order] - 0.5, range(len(order)), color="white", drawstyle="steps-mid")
         ticks = range(0, len(times), 6)
         left.set_xticks(ticks, [times[i] for i in ticks])
-        left.set_yticks(range(len(order)), order, fontsize=6)
+        rows = range(0, len(order), math.ceil(len(order) / 30))
+        left.set_yticks(rows, [order[i] for i in rows])
         left.set(title="prototypes in the order in which they emerge (white: 90 % reached for "
                  "good)", xlabel="noise level t of denoising, from noise (left) to image",
                  ylabel="prototype")
@@ -1718,7 +1719,7 @@ def draw_diagnosis(path, figures, seen, a, b):
     """diagnosis.png: images as they are and edited, with the judge's view of the traits a and b."""
     columns = []
     for values in torch.stack([seen.before, seen.after], 2)[:10].mul(100).round().tolist():
-        columns.append("\n".join(f"{before:.0f}>{after:.0f}" for before, after in values))
+        columns.append("\n".join(f"{before:.0f} to {after:.0f}" for before, after in values))
     draw_grid(path, torch.cat([part[:10] for part in seen.images]), ["as it is", "edited"],
               f"Does '{b}' follow when prototypes {seen.movers} turn '{a}' to its opposite?\n"
               f"P({a}) moves by {figures['attribute_moved']:.2f}, and P({b}) with it by "
@@ -1889,7 +1890,7 @@ def print_new_steps(run, cfg):
     """What --resume does if the number of steps is another one."""
     if run.step >= cfg.steps:
         progress(f"step {run.step} of {cfg.steps}: there is nothing left to train", "\n")
-    elif cfg.steps != run.config.steps:
+    elif run.step and cfg.steps != run.config.steps:
         rate = learning_rate(run.step, run.config)
         progress(f"for {cfg.steps} steps in all, the learning rate goes from {rate:.2g} to "
                  f"{learning_rate(run.step, cfg):.2g}, and then on down to 0", "\n")
@@ -2025,7 +2026,7 @@ def explain(cfg, run, sets, folder):
         drawn = [to_uint8(sketch)]
     draw("variations", [few, *drawn, *vary(cfg, run, few, 8).split(8)],
          ["real", *["sketch"] * len(drawn), *["same s"] * 8],
-         "Variations: the same s, other noise. What stays is what s knows")
+         "Variations: the same s, other noise. What stays is what the model takes from s")
     draw("interpolation", [interpolate(cfg, run, pair) for pair in few.split(2)], [""] * 4,
          "Interpolation: from one image to another, linear in s, spherical in the noise")
     top = s_all.amax(0)
@@ -2037,11 +2038,11 @@ def explain(cfg, run, sets, folder):
     raised, again = raise_prototypes(cfg, run, few, chosen, s_all)
     rows = []
     for i, j in enumerate(chosen, 1):
-        best = raised[i, again[i, :, j].argmax()]
+        best = again[i, :, j].argmax()                  # of the few images
         real = images[s_all[:, j].topk(6).indices]
-        rows.append(framed(run, torch.stack([best, *real]), [j] * 7))
-    draw("prototypes", rows, names, "What: an image with s_j raised, and the real patches that "
-         "activate prototype j most", ["raised", *["real"] * 6])
+        rows.append(framed(run, torch.stack([raised[0, best], raised[i, best], *real]), [j] * 8))
+    draw("prototypes", rows, names, "What: an image before and after s_j is raised, and the real "
+         "patches that activate prototype j most", ["before", "raised", *["real"] * 6])
     counts = [f"no. {j}: {n}/8" for j, n in zip(chosen, responses(again, chosen).sum(1).tolist())]
     draw("consistency", [*raised], ["unedited", *counts], "Consistency: does raising a prototype "
          "do the same to every image? (in how many s_j, encoded again, is larger)")
@@ -2049,7 +2050,7 @@ def explain(cfg, run, sets, folder):
     low = maps.amin((0, 2, 3))[:, None, None]
     maps = (maps - low) / (top[:, None, None] - low)
     draw("where", [few, *(heat_maps(run, few, maps[:, j]) for j in chosen)], ["real", *names],
-         "Where: the activation by each patch, from the least here (black) to the largest (white)")
+         "Where: the activation by each patch. Black: the least here, white: the largest anywhere")
     explain_when(cfg, run, sets, some, folder)
 
 def emerged_at(course, share=0.9):
@@ -2151,7 +2152,8 @@ def evaluate_patronus(cfg, run, sets, folder):
         figures.update(measured, **prototype_figures(cfg, run, data.images))
         if names:
             judge = load_trait_judge(cfg, sets[0], run.device)
-            real = kept_traits(judge, data.images, judged(data)[0], names, run.device)
+            index = shuffled(len(data.images), cfg.num_samples, cfg.seed, "held-out images")
+            real = kept_traits(judge, data.images[index], judged(data)[0][index], names, run.device)
             figures.update({f"real_{name}": x for name, x in real.items()})
             figures["unconditional_frechet"] = judge_traits(judge, samples, run.device)[1]
             s = activations(run, data.images)

@@ -1154,6 +1154,11 @@ def load_judge(cfg, data, device):
     net.load_state_dict(saved["net"])
     return SimpleNamespace(features=features.eval(), last=net[1].cpu(), moments=saved["moments"])
 
+def as_many(data, n):
+    """n images of a set, or all, and their labels: the distance depends on how many it sees."""
+    index = torch.randperm(len(data.images), generator=torch.Generator().manual_seed(0))[:n]
+    return data.images[index], data.labels[index]
+
 @torch.no_grad()
 def judge_images(judge, images, labels, device):
     """uint8 images and the labels they should have -> accuracy and Frechet distance, as a dict.
@@ -1557,7 +1562,7 @@ def print_new_steps(run, cfg):
     """What --resume does if the number of steps is another one."""
     if run.step >= cfg.steps:
         progress(f"step {run.step} of {cfg.steps}: there is nothing left to train", "\n")
-    elif cfg.steps != run.config.steps:
+    elif run.step and cfg.steps != run.config.steps:
         rate = learning_rate(run.step, run.config)
         progress(f"for {cfg.steps} steps in all, the learning rate goes from {rate:.2g} to "
                  f"{learning_rate(run.step, cfg):.2g}, and then on down to 0", "\n")
@@ -1857,7 +1862,7 @@ def evaluate_pdm(cfg, run, sets, folder):
             if cfg.conditioning == "prototype" and not cfg.supervised:
                 expected = crosstable(run, sets[1]).argmax(1)[k]
             made = judge_images(judge, images, expected, run.device)
-            real = judge_images(judge, sets[1].images, sets[1].labels, run.device)
+            real = judge_images(judge, *as_many(sets[1], cfg.num_samples), run.device)
             figures.update(frechet=made["frechet"], real_frechet=real["frechet"],
                            real_accuracy=real["accuracy"])
             if cfg.conditioning == "prototype":

@@ -1051,6 +1051,11 @@ def load_judge(cfg, data, device):
     net.load_state_dict(saved["net"])
     return SimpleNamespace(features=features.eval(), last=net[1].cpu(), moments=saved["moments"])
 
+def as_many(data, n):
+    """n images of a set, or all, and their labels: the distance depends on how many it sees."""
+    index = torch.randperm(len(data.images), generator=torch.Generator().manual_seed(0))[:n]
+    return data.images[index], data.labels[index]
+
 @torch.no_grad()
 def judge_images(judge, images, labels, device):
     """uint8 images and the labels they should have -> accuracy and Frechet distance, as a dict.
@@ -1245,10 +1250,12 @@ def draw_prototypes(path, learner, data, device, most=40):
         matrix.set_yticks(ticks, data.classes[:most], fontsize=size)
         map.set_title(f"prototypes (stars), held-out images ({accuracy:.1%} recognised)")
         map.scatter(*(z @ plane).T, s=1, c=data.labels, cmap="tab10")
-        for name, stars in zip(data.classes, prototypes @ plane):
+        for c, stars in enumerate(prototypes @ plane):
             map.plot(*stars.T, "k*", markersize=12)
             if len(prototypes) <= 20:                   # more would hide one another
-                map.text(*stars[0].tolist(), f"  {name}", fontsize=size)
+                centre = (z[data.labels == c] @ plane).mean(0)
+                map.annotate(data.classes[c], stars[0], centre, ha="center", fontsize=size,
+                             arrowprops=dict(arrowstyle="-"))
     return dict(stage1_accuracy=accuracy, prototype_norm=flat.norm(dim=1).mean().item(),
                 prototype_distance=apart.mean().item())
 
@@ -1415,7 +1422,7 @@ def print_new_steps(run, cfg):
     """What --resume does if the number of steps is another one."""
     if run.step >= cfg.steps:
         progress(f"step {run.step} of {cfg.steps}: there is nothing left to train", "\n")
-    elif cfg.steps != run.config.steps:
+    elif run.step and cfg.steps != run.config.steps:
         rate = learning_rate(run.step, run.config)
         progress(f"for {cfg.steps} steps in all, the learning rate goes from {rate:.2g} to "
                  f"{learning_rate(run.step, cfg):.2g}, and then on down to 0", "\n")
@@ -1538,7 +1545,7 @@ def evaluate_classes(cfg, run, sets, folder):
         draw_denoising(folder / "denoising.png", cfg, run, K * torch.arange(len(names)), names)
         judge = load_judge(cfg, sets[2], run.device)
         figures.update(judge_images(judge, images, rows // K, run.device))
-        real = judge_images(judge, sets[1].images, sets[1].labels, run.device)
+        real = judge_images(judge, *as_many(sets[1], cfg.num_samples), run.device)
         figures.update({f"real_{name}": value for name, value in real.items()})
         figures.update(inception_metrics(cfg, images, sets[2].images, run.device))
     finally:                                            # whatever fails, keep what was measured

@@ -104,10 +104,12 @@ def test_few_images_of_each_class_are_trained_on_and_all_are_held_out_and_for_th
     assert pd.load_classes(config(pd))[0].images.equal(whole.images)
 
 def test_samples_of_a_run_with_few_images_are_judged_by_all(tmp_path, monkeypatch):
-    given, load = [], pd.load_judge
+    given, judged, load, judge_images = [], [], pd.load_judge, pd.judge_images
+    monkeypatch.setattr(pd, "judge_images", lambda judge, x, *more: judged.append(len(x)) or judge_images(judge, x, *more))
     monkeypatch.setattr(pd, "load_judge", lambda cfg, data, device: given.append(len(data.images)) or load(cfg, data, device))
     out = tmp_path / "run"
     assert pd.main(args(pd, data_dir=tmp_path, out=out, images_per_class=2, eval_every=3, prototypes="random")) == 0
+    assert judged[-2:] == [20, 20], "real images: as many as samples"
     assert given == [200] * 3 and len(checkpoint(out)["known"]["targets"]) == 20
 
 # Published sets

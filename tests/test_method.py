@@ -547,6 +547,12 @@ def test_judge_images_counts_what_is_recognised_and_measures_from_the_real_momen
     # means (0, 0, -1): squared distance 2 to the real mean; variances (4/3, 4/3, 0) against none
     assert found["accuracy"] == 0.75 and close(found["frechet"], 2 + 8 / 3, 1e-5)
 
+def test_the_distance_of_real_images_is_of_as_many_as_samples():
+    data = SimpleNamespace(images=torch.arange(9), labels=torch.arange(9) * 10)
+    images, labels = pd.as_many(data, 5)
+    assert len(set(images.tolist())) == 5 and images.tolist() != [0, 1, 2, 3, 4] and labels.equal(images * 10)
+    assert sorted(pd.as_many(data, 99)[0].tolist()) == [*range(9)]
+
 def test_inception_score_of_known_predictions():
     assert pd.inception_score(normal(1, 7).expand(40, 7))[0] == pytest.approx(1)
     sure = 200.0 * F.one_hot(torch.arange(5).repeat_interleave(200), 5)

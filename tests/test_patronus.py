@@ -569,6 +569,10 @@ def test_a_run_leaves_its_pictures_samples_and_every_figure(done):
                                     "kept_dot real_kept_dot real_frechet unconditional_frechet seconds_latent".split())
     s = pt.activations(run, data.images)
     assert found["auroc_dot"] == pytest.approx(pt.logistic_aurocs(s, data.attributes)[4].item(), abs=1e-3)
+    judge, known = pt.load_trait_judge(run.config, pt.load_dataset("shapes", "train", 16), CPU), pt.judged(data)[0]
+    index = pt.shuffled(60, 20, 0, "held-out images")
+    real = pt.kept_traits(judge, data.images[index], known[index], data.attribute_names, CPU)
+    assert found["real_frechet"] == pytest.approx(real["frechet"]), "of as many images as samples"
     assert found["duplicates"] == 8 - found["live"] - found["dead"] and found["live"] == pt.prototype_state(s)[0].sum()
     with np.load(done / "samples.npz") as saved:
         assert close(saved["s"], pt.draw_activations(run.config, run, 20), 1e-4)
@@ -585,8 +589,10 @@ def test_explaining_shows_what_it_says(done, tmp_path, monkeypatch):
     assert chosen == pt.diverse(s, 8) and len(kept["variations"][0]) == 80
     sketch = pt.to_uint8(run.model.draw(run.model.encode(kept["variations"][0][:8].float() / 127.5 - 1)))
     assert kept["variations"][1][:2] == ["real", "sketch"] and close(kept["variations"][0][8:16], sketch, atol=1)
-    for row, j in zip(kept["prototypes"][0].split(7), chosen):
-        assert row[1:].equal(pt.framed(run, images[s[:, j].topk(6).indices], [j] * 6)), "real patches"
+    plain = pt.raise_prototypes(run.config, run, kept["variations"][0][:8], chosen, s)[0][0]
+    for row, j in zip(kept["prototypes"][0].split(8), chosen):
+        assert any(row[0].equal(pt.framed(run, image[None], [j])[0]) for image in plain), "before"
+        assert row[2:].equal(pt.framed(run, images[s[:, j].topk(6).indices], [j] * 6)), "real patches"
     assert all(rows.min() == 0 for rows in kept["where"][0][8:].split(8)), "each from its least"
     assert list(kept["when"][-1]) == list(pt.SHAPE_ATTRIBUTES)
 

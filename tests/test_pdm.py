@@ -438,6 +438,10 @@ def test_runs_leave_pictures_log_their_losses_give_figures_and_sample_by_use(run
     assert len([*folder.glob("*.png")]) == (0 if name == "plain" else 3)
     assert {key for key in metrics(folder) if not key.startswith(tuple(common))} == figures
     assert set(log(folder)[0]) == columns | {"loss", "step", "lr", "seconds", "skipped"}
+    if "real_frechet" in figures:
+        judge = pdm.load_judge(config(data_dir=folder.parent), shapes(), CPU)
+        real = pdm.judge_images(judge, *pdm.as_many(shapes("test"), 20), CPU)
+        assert metrics(folder)["real_frechet"] == pytest.approx(real["frechet"]), "of as many images as samples"
     chosen = [0] * 20 if name == "plain" else pdm.draw_conditions(config(), pdm.load_run(folder, "cpu")).tolist()
     assert samples(folder)[1].tolist() == chosen
 
