@@ -211,8 +211,8 @@ def distinctness_loss(prototypes):
 
 def decorrelation_loss(s):
     """Mean squared correlation of different activations, s [B, m]. choice: the paper has none."""
-    r = correlation(s.float())
-    return (r * (1 - torch.eye(len(r), device=r.device))).square().sum() / (len(r) * (len(r) - 1))
+    m = s.shape[1]
+    return correlation(s.float()).triu(1).square().sum() / (m * (m - 1) / 2)
 
 def level_weights(abar, emphasis):
     """Weights of the noise loss, [T]: abar_t ** -emphasis, at most 50, divided by their mean.
@@ -2038,7 +2038,7 @@ def explain(cfg, run, sets, folder):
     raised, again = raise_prototypes(cfg, run, few, chosen, s_all)
     rows = []
     for i, j in enumerate(chosen, 1):
-        best = again[i, :, j].argmax()                  # of the few images
+        best = (again[i] - again[0])[:, j].argmax()     # where it rises most
         real = images[s_all[:, j].topk(6).indices]
         rows.append(framed(run, torch.stack([raised[0, best], raised[i, best], *real]), [j] * 8))
     draw("prototypes", rows, names, "What: an image before and after s_j is raised, and the real "
@@ -2046,11 +2046,13 @@ def explain(cfg, run, sets, folder):
     counts = [f"no. {j}: {n}/8" for j, n in zip(chosen, responses(again, chosen).sum(1).tolist())]
     draw("consistency", [*raised], ["unedited", *counts], "Consistency: does raising a prototype "
          "do the same to every image? (in how many s_j, encoded again, is larger)")
-    maps = features_of(run.model.maps, few, run.device)
-    low = maps.amin((0, 2, 3))[:, None, None]
-    maps = (maps - low) / (top[:, None, None] - low)
-    draw("where", [few, *(heat_maps(run, few, maps[:, j]) for j in chosen)], ["real", *names],
-         "Where: the activation by each patch. Black: the least here, white: the largest anywhere")
+    local = [j for j in chosen if j < run.model.local]  # of whole images there is one activation
+    maps = features_of(run.model.maps, few, run.device)[:, local]
+    low, high = (value[:, None, None] for value in (maps.amin((0, 2, 3)), maps.amax((0, 2, 3))))
+    maps = (maps - low) / (high - low).clamp(min=1e-6)
+    draw("where", [few, *(heat_maps(run, few, maps[:, i]) for i in range(len(local)))],
+         ["real", *(f"no. {j}" for j in local)],
+         "Where: the activation by each patch, from the least of a row (black) to the largest")
     explain_when(cfg, run, sets, some, folder)
 
 def emerged_at(course, share=0.9):
