@@ -1,4 +1,5 @@
 """The notebook: every code cell runs, on reduced settings and without Jupyter, and what is stored is a real run."""
+import ast
 import importlib
 import json
 import os
@@ -8,6 +9,7 @@ import sys
 
 import matplotlib
 import pytest
+import torch
 from assignment import EXERCISES, ROOT, hand_out
 
 PATH = ROOT / "tutorial.ipynb"
@@ -61,8 +63,30 @@ def test_in_a_handout_cells_wait_for_what_is_not_written_and_the_last_is_reached
     done = subprocess.run([sys.executable, "-c", IN_A_HANDOUT], cwd=tmp_path / "handout", capture_output=True, encoding="utf-8",
                           env={**os.environ, "PYTHONUTF8": "1", "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
-    assert "cell above: NotImplementedError add_noise is an exercise" in done.stdout
+    assert "this cell waits, for a function: add_noise is an exercise" in done.stdout
     assert done.stdout.count("this cell waits") > 15 and "this notebook took" in done.stdout
+
+def test_attempts_are_told_what_is_wrong_and_errors_of_ones_own_are_seen(capsys):
+    names = {"__name__": "__main__"}
+    exec("".join(CODE[0]["source"]), names)
+    def said(mine):
+        assert names["check"](mine, [1.0, 2.0], 0, hint="Think.", then=lambda: print("unlocked")) is None
+        return "".join(capsys.readouterr())
+    assert "unlocked" in said(lambda x: torch.tensor([1.0, 2.0]))
+    assert "off by up to 1. Think." in said(lambda x: torch.tensor([1.0, 3.0])) and "ZeroDivisionError" in said(lambda x: 1 / x)
+    assert all("tensor of shape [2]" in said(lambda x, answer=answer: answer) for answer in (None, 3.0))
+    def cell(text):
+        *body, last = names["Waits"]().visit(ast.parse(text)).body
+        exec(compile(ast.Module(body, []), "cell", "exec"), names)
+        return eval(compile(ast.Expression(last.value), "cell", "eval"), names)
+    assert cell("a = 1\na + 1") == 2 and cell("b = 3") is None and cell("") is None
+    for text, fault in (("unknown", NameError), ("1 / 0", ZeroDivisionError)):
+        with pytest.raises(fault):
+            cell(text)
+    cell("raise NotImplementedError('add_noise')")
+    assert cell("unknown") is None and "waits, for a cell above: name 'unknown'" in capsys.readouterr().out
+    with pytest.raises(ZeroDivisionError):
+        cell("1 / 0")
 
 def test_away_from_the_scripts_the_first_cell_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
