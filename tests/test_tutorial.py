@@ -74,7 +74,7 @@ def test_attempts_are_told_what_is_wrong_and_errors_of_ones_own_are_seen(capsys)
         return "".join(capsys.readouterr())
     assert "unlocked" in said(lambda x: torch.tensor([1.0, 2.0]))
     assert "off by up to 1. Think." in said(lambda x: torch.tensor([1.0, 3.0])) and "ZeroDivisionError" in said(lambda x: 1 / x)
-    assert all("tensor of shape [2]" in said(lambda x, answer=answer: answer) for answer in (None, 3.0))
+    assert all("tensor of shape [2]" in said(lambda x, answer=answer: answer) for answer in (None, 3.0, "abc"))
     def cell(text):
         *body, last = names["Waits"]().visit(ast.parse(text)).body
         exec(compile(ast.Module(body, []), "cell", "exec"), names)
