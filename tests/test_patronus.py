@@ -589,11 +589,13 @@ def test_explaining_shows_what_it_says(done, tmp_path, monkeypatch):
     assert chosen == pt.diverse(s, 8) and len(kept["variations"][0]) == 80
     sketch = pt.to_uint8(run.model.draw(run.model.encode(kept["variations"][0][:8].float() / 127.5 - 1)))
     assert kept["variations"][1][:2] == ["real", "sketch"] and close(kept["variations"][0][8:16], sketch, atol=1)
-    plain = pt.raise_prototypes(run.config, run, kept["variations"][0][:8], chosen, s)[0][0]
-    for row, j in zip(kept["prototypes"][0].split(8), chosen):
-        assert any(row[0].equal(pt.framed(run, image[None], [j])[0]) for image in plain), "before"
+    raised, again = pt.raise_prototypes(run.config, run, kept["variations"][0][:8], chosen, s)
+    for i, (row, j) in enumerate(zip(kept["prototypes"][0].split(8), chosen), 1):
+        most = max(range(8), key=lambda n: (again[i, n, j] - again[0, n, j]).item())
+        assert row[:2].equal(pt.framed(run, raised[[0, i], most], [j] * 2)), "before and raised"
         assert row[2:].equal(pt.framed(run, images[s[:, j].topk(6).indices], [j] * 6)), "real patches"
-    assert all(rows.min() == 0 for rows in kept["where"][0][8:].split(8)), "each from its least"
+    assert kept["where"][1][1:] == [f"no. {j}" for j in chosen if j < run.model.local], "whole images have no place"
+    assert all(rows.min() == 0 and rows.max() > 253 for rows in kept["where"][0][8:].split(8)), "from its least to its largest"
     assert list(kept["when"][-1]) == list(pt.SHAPE_ATTRIBUTES)
 
 def test_evaluating_and_diagnosing_again(done, tmp_path):
