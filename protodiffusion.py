@@ -12,7 +12,7 @@ baseline. The paper reports equal quality in about half the training time.
 
 Does it help? Ten figures of shapes are learned as fast without. Of 160 fine classes 35 % of samples
 are recognised after 1,600 steps, with a random table 8 % (README). It takes prototypes that know
-who is alike, which they do if they start at class means; permuted, they are worse than random rows.
+who is alike (they start at class means), as loud as random rows (--scale raw: 9 %; permuted: 3 %).
 
     stage 1   image ──> ResNet f(x) ──> nearest prototype = class      DCE loss + prototype loss
                                              │
