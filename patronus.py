@@ -2052,7 +2052,7 @@ def explain(cfg, run, sets, folder):
     maps = (maps - low) / (high - low).clamp(min=1e-6)
     draw("where", [few, *(heat_maps(run, few, maps[:, i]) for i in range(len(local)))],
          ["real", *(f"no. {j}" for j in local)],
-         "Where: the activation by each patch, from the least of a row (black) to the largest")
+         "Where: the activation by each patch, from the least to the largest of these images")
     explain_when(cfg, run, sets, some, folder)
 
 def emerged_at(course, share=0.9):

@@ -20,7 +20,7 @@ class add_noise:
 
     def wrong_in_place(x0, t, eps, abar):
         a = abar[t][:, None, None, None]
-        return x0.mul_(a.sqrt()) + (1 - a).sqrt() * eps
+        return eps.mul_((1 - a).sqrt()).add_(a.sqrt() * x0)
 
     wrong = {
         "no roots": ("a.sqrt() * x0 + (1 - a).sqrt()", "a * x0 + (1 - a)"),

@@ -43,7 +43,7 @@ def attempt(pipe, name, stem, source, folder, seconds):
     and what stopped it, as json. Its processor time ends even if the marking was killed."""
     if resource:
         resource.setrlimit(resource.RLIMIT_CPU, (2 * seconds, 2 * seconds))
-        resource.setrlimit(resource.RLIMIT_DATA, (4 << 30, 4 << 30))
+        resource.setrlimit(resource.RLIMIT_DATA, (4 << 30, resource.getrlimit(resource.RLIMIT_DATA)[1]))
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
     os.dup2(nowhere, 2)

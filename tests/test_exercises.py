@@ -344,9 +344,11 @@ def difference(found, right, place=""):
 def untouched(f):
     """f, which must leave the tensors that it is given as they are."""
     def call(*given):
-        versions = [value._version for value in given if isinstance(value, torch.Tensor)]
+        tensors = [value for part in given for value in (part if isinstance(part, list) else [part])
+                   if isinstance(value, torch.Tensor)]
+        versions = [value._version for value in tensors]
         answer = f(*given)
-        if versions != [value._version for value in given if isinstance(value, torch.Tensor)]:
+        if versions != [value._version for value in tensors]:
             raise ValueError("a tensor that it is given is changed in place, and whoever calls needs it as it was")
         return answer
     return call

@@ -11,6 +11,7 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -222,6 +223,10 @@ def test_going_on_with_more_or_fewer_steps_is_explained(script, done, tmp_path, 
     out, rate = shutil.copytree(done, tmp_path / "run"), script.learning_rate(6, config(script, steps=8))
     assert script.main(flags(resume=out, steps=steps)) == 0
     assert words.format(rate) in capsys.readouterr().out and checkpoint(out)["step"] == max(steps, 6)
+
+def test_a_run_that_has_not_begun_has_no_rate_to_go_on_from(script, capsys):
+    script.print_new_steps(SimpleNamespace(step=0, config=config(script)), config(script, steps=9))
+    assert not capsys.readouterr().out
 
 @pytest.mark.parametrize("change", ["pixels", "labels"])
 def test_other_images_or_labels_than_the_run_began_with_are_refused(

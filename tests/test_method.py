@@ -553,6 +553,22 @@ def test_the_distance_of_real_images_is_of_as_many_as_samples():
     assert len(set(images.tolist())) == 5 and images.tolist() != [0, 1, 2, 3, 4] and labels.equal(images * 10)
     assert sorted(pd.as_many(data, 99)[0].tolist()) == [*range(9)]
 
+def test_the_picture_of_prototypes_has_a_name_at_the_images_of_each_class(tmp_path, monkeypatch):
+    class Learner(nn.Module):
+        prototypes = normal(3, 1, 3)
+
+        def forward(self, x):
+            return x.mean((2, 3))
+    images, figures = torch.randint(256, (8, 3, 2, 2), dtype=torch.uint8, generator=seeded()), []
+    data = pd.Dataset(images, torch.tensor([0, 0, 1, 1, 0, 1, 1, 0]), ["a", "b", "not there"])
+    monkeypatch.setattr(pd.Figure, "savefig", lambda figure, *a, **k: figures.append(figure))
+    pd.draw_prototypes(tmp_path / "p.png", Learner(), data, CPU)
+    axes = figures[0].axes[1]
+    points = torch.from_numpy(axes.collections[0].get_offsets().data.copy()).float()
+    names = {text.get_text(): torch.tensor(text.xyann).float() for text in axes.texts}
+    assert list(names) == data.classes and names["not there"].isfinite().all()
+    assert all(close(names[name], points[data.labels == c].mean(0), 1e-4) for c, name in enumerate("ab"))
+
 def test_inception_score_of_known_predictions():
     assert pd.inception_score(normal(1, 7).expand(40, 7))[0] == pytest.approx(1)
     sure = 200.0 * F.one_hot(torch.arange(5).repeat_interleave(200), 5)

@@ -594,7 +594,8 @@ def test_explaining_shows_what_it_says(done, tmp_path, monkeypatch):
         most = max(range(8), key=lambda n: (again[i, n, j] - again[0, n, j]).item())
         assert row[:2].equal(pt.framed(run, raised[[0, i], most], [j] * 2)), "before and raised"
         assert row[2:].equal(pt.framed(run, images[s[:, j].topk(6).indices], [j] * 6)), "real patches"
-    assert kept["where"][1][1:] == [f"no. {j}" for j in chosen if j < run.model.local], "whole images have no place"
+    local = [f"no. {j}" for j in chosen if j < run.model.local]
+    assert kept["where"][1] == ["real", *local] and len(kept["where"][0]) == 8 + 8 * len(local) > 8, "whole images have no place"
     assert all(rows.min() == 0 and rows.max() > 253 for rows in kept["where"][0][8:].split(8)), "from its least to its largest"
     assert list(kept["when"][-1]) == list(pt.SHAPE_ATTRIBUTES)
 
