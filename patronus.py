@@ -1719,7 +1719,7 @@ def draw_diagnosis(path, figures, seen, a, b):
     """diagnosis.png: images as they are and edited, with the judge's view of the traits a and b."""
     columns = []
     for values in torch.stack([seen.before, seen.after], 2)[:10].mul(100).round().tolist():
-        columns.append("\n".join(f"{before:.0f} to {after:.0f}" for before, after in values))
+        columns.append("\n".join(f"{before:.0f}→{after:.0f}" for before, after in values))
     draw_grid(path, torch.cat([part[:10] for part in seen.images]), ["as it is", "edited"],
               f"Does '{b}' follow when prototypes {seen.movers} turn '{a}' to its opposite?\n"
               f"P({a}) moves by {figures['attribute_moved']:.2f}, and P({b}) with it by "
