@@ -88,6 +88,14 @@ def test_attempts_are_told_what_is_wrong_and_errors_of_ones_own_are_seen(capsys)
     with pytest.raises(ZeroDivisionError):
         cell("1 / 0")
 
+def test_the_first_cell_loads_the_scripts_anew_when_it_runs_again(monkeypatch):
+    loaded, names = [], {"__name__": "__main__"}
+    monkeypatch.setattr(importlib, "reload", lambda module: loaded.append(module.__name__))
+    exec("".join(CODE[0]["source"]), names)
+    assert not loaded
+    exec("".join(CODE[0]["source"]), names)
+    assert loaded == ["patronus", "pdm", "protodiffusion"]
+
 def test_away_from_the_scripts_the_first_cell_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("protodiffusion", "patronus"):
