@@ -1252,8 +1252,8 @@ def draw_prototypes(path, learner, data, device, most=40):
         map.scatter(*(z @ plane).T, s=1, c=data.labels, cmap="tab10")
         for c, stars in enumerate(prototypes @ plane):
             map.plot(*stars.T, "k*", markersize=12)
-            own = z[data.labels == c] @ plane
             if len(prototypes) <= 20:                   # more would hide one another
+                own = z[data.labels == c] @ plane       # none, if no such image is held out
                 centre = own.mean(0) if len(own) else stars[0]
                 map.annotate(data.classes[c], stars[0], centre, ha="center", fontsize=size,
                              arrowprops=dict(arrowstyle="-"))

@@ -1,4 +1,4 @@
-"""Bodies of the exercises as students might write them; test_bodies.py judges all of them.
+"""Bodies of the exercises as students might write them; test_assignment.py judges all of them.
 
 A class an exercise. Its functions `right_` must pass the tests that judge the exercise, though they are written
 differently from ours; `wrong_`, and ours with the edits in `wrong` (for what they do: old, new, perhaps old, new), must
