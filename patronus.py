@@ -33,37 +33,35 @@ import copy
 import csv
 import dataclasses
 import datetime
-import errno
+import glob
 import hashlib
-import inspect
 import json
 import math
 import os
 import re
-import shlex
-import signal
 import sys
 import time
+import unicodedata
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal, NamedTuple, get_args
 
-import matplotlib
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
+from matplotlib import font_manager, style
 from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 from torch import nn
 from torchvision.transforms import v2
 
 SCRIPT = Path(__file__).stem
-TORCHRUN = [os.environ.get(name) for name in ("RANK", "WORLD_SIZE")]    # under torchrun two numbers
-RANK, WORLD = map(int, TORCHRUN if all(str(n).isdecimal() for n in TORCHRUN) else (0, 1))
+RANK = int(os.environ.get("RANK", 0))           # torchrun numbers its processes
+WORLD = int(os.environ.get("WORLD_SIZE", 1))    # and says how many there are
 
 # ---- Settings ------------------------------------------------------------------------------------
 
@@ -71,7 +69,6 @@ RANK, WORLD = map(int, TORCHRUN if all(str(n).isdecimal() for n in TORCHRUN) els
 class Config:
     """Every setting is a flag; its comment is its help."""
     dataset: Literal["shapes", "folder", "fashion-mnist", "cifar10", "celeba"] = "shapes"  # images
-    data_dir: str = "data"          # where data lie or are downloaded to; the folder of images
     image_size: int = 16            # side of the images, pixels
     bias: float = 0.5               # shapes: P(dot just if the hue is warm); 0.5: independent
     # prototypes
@@ -82,7 +79,6 @@ class Config:
     start: Literal["features", "uniform"] = "features"  # of prototypes: real patches, or 0..1
     sketch: float = 1.0             # weight of the loss of the sketch drawn from s; paper: 0, none
     distinctness: float = 0.0       # weight of the penalty on prototypes that point the same way
-    decorrelation: float = 0.02     # weight of the penalty on activations that are correlated
     hide: float = 0.05              # probability of dropping each activation in training; paper: 0
     emphasis: float = 0.3           # the loss at level t weighs abar_t ** -emphasis; paper: 0
     # network and process
@@ -95,32 +91,33 @@ class Config:
     latent_width: int = 256         # width of the latent model's layers, even
     latent_timesteps: int = 100     # noise levels of the latent model
     weight_decay: float = 1e-4      # weight decay of AdamW
-    # training: a resumed run may change these and all below
+    # training: from here on --resume may change settings
     steps: int = 5000               # optimiser steps
-    batch_size: int = 32            # images for each step, over all processes and passes
-    accumulate: int = 1             # passes that split a step's images, to save memory
+    batch_size: int = 32            # images for each step, over all processes
     lr: float = 2e-3                # peak learning rate
     warmup: float = 0.05            # fraction of steps in which the learning rate rises
     mirror: bool = False            # show half of the training images flipped left to right
-    seed: int = 0                   # seed of everything random
     save_every: int = 100           # steps between checkpoints, and rows of log.csv
     eval_every: int = 0             # steps between measurements while training; 0: none
-    device: str = "auto"            # auto, cuda, cuda:1, mps or cpu
-    amp: Literal["auto", "bf16", "fp16", "off"] = "auto"                # mixed precision
     compile: bool = False           # torch.compile the training step
     latent_steps: int = 2000        # steps of the latent model, of 256 activation vectors each
-    # sampling, explaining and measuring
-    num_samples: int = 500          # images to sample, and to measure on
-    sampler: Literal["ddim", "ddpm", "dpmpp"] = "ddpm"  # ddpm suits short trainings
-    sample_steps: int = 20          # steps from noise to image
-    invert_steps: int = 100         # steps of inversion, and again of the way back to the image
-    sample_batch: int = 250         # images sampled at a time
+    # explaining and measuring: from here on --evaluate, --explain and --diagnose may, too
+    data_dir: str = "data"          # where data lie or are downloaded to; the folder of images
     pairs: int = 120                # (prototype, image) pairs: does s_j grow if raised?
     attribute: str = ""             # diagnosis: the trait to move; empty: the first one
     watch: str = ""                 # diagnosis: the trait that may follow; empty: the last one
     judge_steps: int = 300          # steps of the judge, a classifier of traits trained apart
     judge_width: int = 16           # channels of its first layers; 64: ResNet-18
     inception: str = "off"          # weights for FID, IS and KID: a file, or download
+    # sampling: from here on --sample and --edit may, too
+    num_samples: int = 500          # images to sample, and to measure on
+    sampler: Literal["ddim", "ddpm", "dpmpp"] = "ddpm"  # ddpm suits short trainings
+    sample_steps: int = 20          # steps from noise to image
+    invert_steps: int = 100         # steps of inversion, and again of the way back to the image
+    sample_batch: int = 250         # images sampled at a time
+    seed: int = 0                   # seed of everything random
+    device: str = "auto"            # auto, cuda, cuda:1, mps or cpu
+    amp: Literal["auto", "bf16", "fp16", "off"] = "auto"                # mixed precision
 
     # The paper's m and D. choice (the paper's): patches of 5, best of 5, 9, 15 for CIFAR-10 (15);
     # DDPM's U-Net (64 x 1,2,4,4); 100,000 steps of 256 images at 5e-4 (300 epochs of 128 at 1e-5).
@@ -134,6 +131,8 @@ class Config:
         "fashion-mnist": {**PHOTOGRAPHS, "mirror": False, "num_prototypes": 30},
         "celeba": {**PHOTOGRAPHS, "image_size": 64, "patch": 15, "multipliers": "1,1,2,2,2",
                    "attribute": "Blond_Hair", "watch": "Smiling"}}
+    TASKS = dict(resume="steps", sample="num_samples", evaluate="data_dir", explain="data_dir",
+                 diagnose="data_dir", model="num_samples")      # settings from there on may change
     labelled = False                # the data need no classes
 
     def build(self, known):
@@ -209,11 +208,6 @@ def distinctness_loss(prototypes):
     apart = 1 - (p @ p.T).abs() + 2 * torch.eye(len(p), device=p.device)    # 2 excludes itself
     return (0.2 - apart.amin(1)).clamp(min=0).mean()
 
-def decorrelation_loss(s):
-    """Mean squared correlation of different activations, s [B, m]. choice: the paper has none."""
-    m = s.shape[1]
-    return correlation(s.float()).triu(1).square().sum() / (m * (m - 1) / 2)
-
 def level_weights(abar, emphasis):
     """Weights of the noise loss, [T]: abar_t ** -emphasis, at most 50, divided by their mean.
     choice: s decides most where noise is high, but a wrong image hardly raises the loss there."""
@@ -282,8 +276,7 @@ class Patronus(nn.Module):
         with torch.autocast(s.device.type, enabled=False):
             errors = (predicted.float() - batch.eps).square().mean((1, 2, 3))     # [B]
             weighted = errors * level_weights(abar, cfg.emphasis)[batch.t]
-            penalties = dict(distinctness=distinctness_loss(self.prototypes),
-                             decorrelation=decorrelation_loss(s))
+            penalties = dict(distinctness=distinctness_loss(self.prototypes))
             if self.sketch:
                 penalties["sketch"] = F.mse_loss(self.draw(told).float(), batch.x0)
         total = sum(getattr(cfg, name) * value for name, value in penalties.items())
@@ -322,9 +315,10 @@ class Patronus(nn.Module):
         return known
 
     def quality(self, cfg, run, sets):
-        """For --eval-every, of known traits: leak, and the distance in features of the judge."""
-        figures, _ = measure_traits(cfg, run, sets)
-        return {name: figures[name] for name in ("frechet", "leak") if name in figures}
+        """What --eval-every logs, of known traits: leak, and the distance by the judge -> a dict,
+        and the images that it is of."""
+        figures, told = measure_traits(cfg, run, sets)
+        return {name: figures[name] for name in ("frechet", "leak") if name in figures}, told
 
 class LatentModel(nn.Module):
     """Noise predictor for standardised activations as images, [B, m, 1, 1], t [B] -> [B, m, 1, 1].
@@ -519,7 +513,7 @@ class ResBlock(nn.Module):
         return self.skip(x) + h
 
 class Attention(nn.Module):
-    """Self-attention over the pixels of x [B, C, H, W], in heads of 64 or one. emb is not used."""
+    """Self-attention over the pixels of x [B, C, H, W], in heads of 64 channels, or one head."""
     def __init__(self, channels):
         super().__init__()
         self.heads = channels // 64 if channels % 64 == 0 else 1
@@ -527,7 +521,7 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(channels, 3 * channels)
         self.out = zeroed(nn.Linear(channels, channels))
 
-    def forward(self, x, emb):
+    def forward(self, x):
         pixels = self.norm(x).flatten(2).transpose(1, 2)        # [B, HW, C]
         qkv = self.qkv(pixels).unflatten(2, (3, self.heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                    # each [B, heads, HW, C / heads]
@@ -536,16 +530,16 @@ class Attention(nn.Module):
         return x + h.transpose(1, 2).reshape(x.shape)
 
 class Stage(nn.ModuleList):
-    """Blocks one after the other. ResBlock and Attention are given emb; Attention ignores it."""
+    """Blocks one after the other, of which the residual ones are given emb."""
     def forward(self, x, emb):
         for block in self:
-            x = block(x, emb) if isinstance(block, (ResBlock, Attention)) else block(x)
+            x = block(x, emb) if isinstance(block, ResBlock) else block(x)
         return x
 
 class UNet(nn.Module):
     """Noise predictor: x [B, C, S, S], t [B] in 0..T-1, condition [B, emb_dim] -> [B, C, S, S].
-    The condition is added to the time embedding, which every residual block reads. The output
-    starts at zero."""
+    The condition is added to the time embedding, which every residual block reads. before_middle
+    is applied to the features [B, c, s, s]. The output starts at zero."""
     def __init__(self, image_channels, cfg):
         super().__init__()
         c = cfg.channels                                # of the features so far
@@ -566,7 +560,6 @@ class UNet(nn.Module):
                 c = width
                 skips.append(c)
             c_in = c
-        self.middle_width = c
         self.middle = Stage([ResBlock(c, c, E, cfg.dropout), Attention(c),
                              ResBlock(c, c, E, cfg.dropout)])
         self.up = nn.ModuleList()
@@ -579,28 +572,16 @@ class UNet(nn.Module):
         last = zeroed(nn.Conv2d(c, image_channels, 3, padding=1))
         self.last = nn.Sequential(group_norm(c), nn.SiLU(), last)
 
-    def embed(self, t):
-        """The embedding of noise levels t [B] -> [B, emb_dim]."""
-        return self.time_mlp(time_embedding(t, self.emb_dim // 4))
-
-    def encode(self, x, emb):
-        """x [B, C, S, S], emb [B, E] -> features [B, c, s, s], list of skip connections."""
+    def forward(self, x, t, condition=0.0, before_middle=nn.Identity()):
+        emb = self.time_mlp(time_embedding(t, self.emb_dim // 4)) + condition
         skips = []
         for stage in self.down:
             x = stage(x, emb)
             skips.append(x)
-        return x, skips
-
-    def decode(self, x, skips, emb):
-        """Features before the middle, and skip connections -> [B, C, S, S]."""
-        x = self.middle(x, emb)
+        x = self.middle(before_middle(x), emb)          # [B, c, s, s], the smallest
         for stage in self.up:
             x = stage(torch.cat([x, skips.pop()], dim=1), emb)
         return self.last(x)
-
-    def forward(self, x, t, condition=0.0):
-        emb = self.embed(t) + condition
-        return self.decode(*self.encode(x, emb), emb)
 
 # ---- Training: the loop; the model brings its losses as model.forward ---------------------------
 
@@ -612,10 +593,10 @@ class Batch(NamedTuple):
     eps: torch.Tensor               # noise [B, C, H, W]
     chance: torch.Tensor            # uniform in 0..1, [B]: says if a condition is hidden
 
-def random_batches(cfg, images, targets, step, device):
-    """The batches of a step for this process, one for each of cfg.accumulate passes.
-    The draws for all B images come from (seed, step); each process and pass takes its share. So no
-    random state is saved; only the model's draws and batch statistics depend on the split."""
+def random_batch(cfg, images, targets, step, device):
+    """The Batch of a step, of which each process takes its share. All draws follow from the seed
+    and the step: so no random state is saved, and only the model's own draws and batch statistics
+    depend on the number of processes."""
     B = cfg.batch_size
     gen = torch.Generator(device).manual_seed(seed_of(cfg.seed, "noise", step))
     t = torch.randint(cfg.timesteps, (B,), generator=gen, device=device)
@@ -623,12 +604,10 @@ def random_batches(cfg, images, targets, step, device):
     flip, chance = torch.rand(2, B, generator=gen, device=device)
     index = random_index(len(images), B, cfg.seed, "images", step)
     torch.manual_seed(seed_of(cfg.seed, "dropout", step, RANK))
-    size = B // (WORLD * cfg.accumulate)
-    for i in range(RANK * cfg.accumulate, (RANK + 1) * cfg.accumulate):
-        part = slice(i * size, (i + 1) * size)
-        x0 = scaled(images, index[part], device)
-        x0 = torch.where(flip[part, None, None, None] < 0.5 * cfg.mirror, x0.flip(-1), x0)
-        yield Batch(x0, targets[index[part]].to(device), t[part], eps[part], chance[part])
+    share = slice(RANK * B // WORLD, (RANK + 1) * B // WORLD)
+    x0 = scaled(images, index[share], device)
+    x0 = torch.where(flip[share, None, None, None] < 0.5 * cfg.mirror, x0.flip(-1), x0)
+    return Batch(x0, targets[index[share]].to(device), t[share], eps[share], chance[share])
 
 def learning_rate(step, cfg):
     """Linear warm-up over the fraction cfg.warmup of training, then half a cosine down to zero."""
@@ -646,29 +625,18 @@ def update_average(average, model, n):
     for a, m in zip(average.buffers(), model.buffers()):
         a.copy_(a.lerp(m, 1 - decay) if a.is_floating_point() else m)
 
-def safe_step(optimizer, scaler):
-    """Clip each group's gradient at norm 1 (choice); update, or skip if not finite -> 1.0 if so.
-    It stays on the device (no sync): fused AdamW reads found_inf, and skips where that is 1."""
-    scaler.unscale_(optimizer)
-    norms = [nn.utils.clip_grad_norm_(group["params"], 1.0) for group in optimizer.param_groups]
-    bad = (~sum(norms).isfinite()).float()              # a frozen group's norm is 0, on the CPU
-    optimizer.found_inf = bad
-    scaler.step(optimizer)
-    scaler.update()
-    optimizer.zero_grad()
-    return bad
-
 def train(cfg, sets, folder, device):
     """Go on from the checkpoint in `folder` to step cfg.steps; that of a new run is of step 0.
-    Leaves checkpoint.pt and log.csv, whose seconds are those of training alone. Raises Stop if the
-    images changed or training diverges, KeyboardInterrupt after Ctrl-C, when the step is saved."""
+    Leaves checkpoint.pt and log.csv, whose seconds are those of the run without measuring. It may
+    be stopped at any moment, for all that is random follows from the seed and the step. Raises Stop
+    if the images changed or training diverges."""
     run = load_run(folder, device)                      # its model is the moving average
     known = run.known
-    check(known["images"] == fingerprint(sets[0].images, sets[0].labels),
+    check(cfg.dataset in FINE or known["images"] == fingerprint(sets[0].images, sets[0].labels),
           "the training images have changed since the run began: restore them, or start a new run")
+    check(run.step <= cfg.steps, f"the run has {run.step} steps: --steps cannot be less")
     if RANK == 0:
-        save_json(vars(cfg), folder / "config.json")
-    print_new_steps(run, cfg)
+        save(vars(cfg), folder / "config.json")
     images = place_images(sets[0].images, device)
     abar = alpha_bars(cfg.timesteps).to(device)
     model = placed(cfg.build(known), device)
@@ -676,56 +644,50 @@ def train(cfg, sets, folder, device):
                                   weight_decay=cfg.weight_decay, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype(device, cfg.amp) is torch.float16)
     parts = dict(model=model, average=run.model, optimizer=optimizer, scaler=scaler)
-    restore(parts, run.state)
+    for name, part in parts.items():
+        if run.state.get(name):                         # at step 0 there is no optimiser's
+            part.load_state_dict(run.state[name])
     net = nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
     forward = torch.compile(net, dynamic=False) if cfg.compile else net
     history = []                                        # losses since the last row of the log
-    skipped = torch.tensor([run.log["skipped"], 0.0], device=device)    # steps, in all and in a row
-    saved_step = run.step
-    with interruptible() as interrupts:
-        for step in range(run.step, cfg.steps):
-            clock = time.perf_counter()
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, cfg)
-            for i, batch in enumerate(random_batches(cfg, images, known["targets"], step, device)):
-                net.require_backward_grad_sync = i == cfg.accumulate - 1    # sync once a step
-                with autocast(device, cfg.amp):
-                    losses = forward(batch, abar, cfg)
-                scaler.scale(losses["loss"] / cfg.accumulate).backward()
-                history.append(losses)
-            bad = safe_step(optimizer, scaler)
-            update_average(run.model, model, step)
+    start = time.perf_counter() - (run.log[-1]["seconds"] if run.log else known["seconds"])
+    for step in range(run.step, cfg.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, cfg)
+        batch = random_batch(cfg, images, known["targets"], step, device)
+        with autocast(device, cfg.amp):
+            losses = forward(batch, abar, cfg)
+        scaler.scale(losses["loss"]).backward()
+        scaler.unscale_(optimizer)
+        norms = [nn.utils.clip_grad_norm_(group["params"], 1.0)     # choice
+                 for group in optimizer.param_groups]
+        optimizer.found_inf = (~sum(norms).isfinite()).float()      # fused AdamW skips if it is 1
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        update_average(run.model, model, step)
+        history.append(losses)
 
-            # What follows is bookkeeping: the log, measuring, the checkpoint.
-            skipped = torch.stack([skipped[0] + bad, (skipped[1] + 1) * bad])
-            now = step + 1
-            last = now == cfg.steps
-            stopping = in_any_process(interrupts != [], device)
-            measured = cfg.eval_every > 0 and (last or now % cfg.eval_every == 0)
-            saved = last or stopping or measured or now % cfg.save_every == 0
-            row = mean_losses(history) if saved else {}
-            if not cfg.compile or step > run.step:      # not the step that compiles
-                run.log["seconds"] += time.perf_counter() - clock
-            if not saved:
-                continue
-            history = []
-            left = (cfg.steps - now) * run.log["seconds"] / now / 60
-            progress(f"step {now}/{cfg.steps}  loss {row['loss']:.4f}  {left:.1f} min left", "\n")
-            check(skipped[1] <= 30 and is_sound(model, batch, abar, cfg), "the training diverged: "
-                  f"--resume it from step {saved_step}, whose weights are good, at a lower --lr or "
-                  "with --amp off")
-            run.log["skipped"] = skipped[0].item()
-            row.update(step=now, lr=learning_rate(step, cfg), seconds=run.log["seconds"],
-                       skipped=run.log["skipped"])
-            run.log["rows"].append(row)
-            if RANK == 0:
-                if measured:
-                    row.update(run.model.quality(cfg, run, sets))
-                write_csv(folder / "log.csv", run.log["rows"])
-                save_checkpoint(folder, now, known, run.log, parts)
-            saved_step = now
-            if stopping:
-                raise KeyboardInterrupt(*interrupts[:1])
+        # What follows is bookkeeping: the log, measuring, the checkpoint.
+        now = step + 1
+        measured = cfg.eval_every > 0 and (now == cfg.steps or now % cfg.eval_every == 0)
+        if not measured and now < cfg.steps and now % cfg.save_every > 0:
+            continue
+        row = dict(step=now, **mean_losses(history))
+        history = []
+        finite = math.isfinite(row["loss"]) and all(p.isfinite().all() for p in model.parameters())
+        check(finite, "the training diverged: go on from before by "
+              f'python {__file__} --resume "{folder}" --lr {cfg.lr / 4:g}, or --amp off')
+        row["seconds"] = time.perf_counter() - start
+        left = (cfg.steps - now) * (row["seconds"] - known["seconds"]) / now / 60
+        progress(f"step {now}/{cfg.steps}  loss {row['loss']:.4f}  {left:.1f} min left", "\n")
+        run.log.append(row)
+        if RANK == 0:
+            if measured:
+                row.update(run.model.quality(cfg, run, sets)[0])
+            save_checkpoint(folder, now, known, run.log, parts)
+            write_csv(folder / "log.csv", run.log)
+        start = time.perf_counter() - row["seconds"]
 
 # ---- Abilities: what the paper does with its prototypes ------------------------------------------
 # Images are uint8 [N, C, H, W] on the CPU here, s [N, m]. run has model, known, device. Helpers
@@ -899,8 +861,6 @@ def diagnose(cfg, run, judge, data, most=300):
 
 # ---- Equipment: you can stop reading here --------------------------------------------------------
 
-# ---- Errors --------------------------------------------------------------------------------------
-
 class Stop(Exception):
     """A fault that the person at the keyboard can put right: one sentence, and exit status 2."""
 
@@ -909,20 +869,10 @@ def check(ok, sentence):
     if not ok:
         raise Stop(sentence)
 
-def reason(error):
-    """The first line of what an error says. A disk that is full is called so."""
-    if isinstance(error.__context__, OSError):          # torch.save hides the error of the file
-        error = error.__context__
-    full = isinstance(error, OSError) and error.errno == errno.ENOSPC
-    return "the disk is full" if full else (str(error) or type(error).__name__).split("\n")[0]
-
-@contextlib.contextmanager
-def explained(sentence):
-    """Any error inside becomes Stop: the sentence, and the first line of the error."""
-    try:
-        yield
-    except Exception as error:
-        raise Stop(f"{sentence} ({reason(error)})") from None
+def progress(text, end="\r"):
+    """A line, which the next one overwrites if it ends with a return: those only on a terminal."""
+    if RANK == 0 and (end == "\n" or sys.stdout.isatty()):
+        print(f"{text:79}", end=end, flush=True)
 
 # ---- Data: every set becomes one uint8 tensor ----------------------------------------------------
 
@@ -934,23 +884,12 @@ SHAPE_SPLITS = {"train": (20_000, 0), "test": (4_000, 1), "judge": (20_000, 12)}
 
 @dataclasses.dataclass
 class Dataset:
-    """images uint8 [N, C, H, W]; labels int64 [N] or None; attributes bool [N, A] or None.
-    span: lowest and highest value of files of more than 8 bits, which became 0 and 255, if any.
-    left_out: files that are not among the images, and why. str(data) says what was found."""
+    """images uint8 [N, C, H, W]; labels int64 [N] or None; attributes bool [N, A] or None."""
     images: torch.Tensor
     labels: torch.Tensor | None
     classes: list
     attributes: torch.Tensor | None = None
-    attribute_names: tuple | list = ()
-    span: tuple | None = None
-    left_out: str = ""
-
-    def __str__(self):
-        count = len(self.classes)
-        names = ", ".join(self.classes[:10]) + (count > 10) * ", ..."
-        grey = (self.images == self.images[:, :1]).all()
-        return (f"{len(self.images):,} images of {count or 'no'} classes ({names}), in "
-                f"{['colour', 'grey'][grey]}; left out: {self.left_out or 'nothing'}")
+    attribute_names: tuple = ()
 
 def signed_distances(x, y):
     """Signed distance, negative inside, of points x, y to each of SHAPES, of radius about 1."""
@@ -1021,216 +960,6 @@ def open_cifar10(root, train):
     data = torchvision.datasets.CIFAR10(root, train, download=True)
     return data, data.classes
 
-def seeded_split(items, train):
-    """A fixed random split of what comes without one, items (image, label): a tenth of each class
-    is held out, and at least one image of a class that has two."""
-    order = torch.randperm(len(items), generator=torch.Generator().manual_seed(0)).tolist()
-    groups = {}
-    for i in order:
-        groups.setdefault(items[i][1], []).append(i)
-    held_out = set()
-    for group in groups.values():
-        held_out.update(group[:min(len(group) - 1, max(1, round(len(group) / 10)))])
-    check(held_out, "no class has two images, of which one could be held out: bring more")
-    return [item for i, item in enumerate(items) if (i in held_out) != train]
-
-FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
-
-PARTS = dict(train="train", training="train", test="test", testing="test", val="val", valid="val",
-             validation="val")                          # names of folders, in whatever case
-
-def find_images(folder, left_out, above=()):
-    """All images below a folder, in order, also through links. What is no image is counted in
-    left_out: other files, what is hidden, runs/, environments, links that lead back (above)."""
-    endings = [end for end, name in Image.registered_extensions().items() if name in FORMATS]
-    above = (*above, folder.resolve())
-    found = []
-    for path in sorted(folder.iterdir()):
-        if path.name.startswith("."):
-            left_out["hidden"] += 1
-        elif path.is_dir():
-            back = any(one.is_relative_to(path.resolve()) for one in above)
-            environment = (path / "pyvenv.cfg").exists() or (path / "conda-meta").exists()
-            if back or environment or path.name == "runs":
-                left_out[f"{path.name}/"] += 1
-            else:
-                found += find_images(path, left_out, above)
-        elif path.suffix.lower() in endings:
-            found.append(path)
-        elif not path.name.startswith("prototype-"):    # our caches
-            left_out[path.suffix or "without ending"] += 1
-    return found
-
-def readable(path):
-    """A path as text that can be printed and saved, also if it is not UTF-8."""
-    return str(path).encode(errors="backslashreplace").decode()
-
-def stamp(image, span=None):
-    """A text that tells a file, as it is now, from others. Images in memory are not told apart."""
-    there = isinstance(image, Path) and image.exists()
-    changed = image.stat().st_mtime_ns if there else ""
-    return f"{readable(image)} {changed} {span}"
-
-def open_folder(root, train):
-    """A folder of images -> items (file, label), classes, what was left out, all files.
-    It holds <class>/*, or images without classes, or train/ with or without test/ or val/ (or
-    their other names) that hold the same. Without test/ and val/, a tenth is held out. A folder
-    that holds nothing but one folder of folders is passed through."""
-    left_out = Counter()
-    files = find_images(root, left_out)
-    below = [readable(file.relative_to(root)).split(os.sep) for file in files]
-    folders = sorted({"/".join(path[:-1]) or "." for path in below})
-    wanted = (f"images are in {', '.join(folders[:20]) or 'no folder'}: give train/<class>/*, with "
-              "or without test/ or val/, and nothing else; or <class>/*; or images alone")
-    def unwrapped(below):
-        while (len({path[0] for path in below}) == 1 and min(map(len, below)) > 2
-               and below[0][0].lower() not in PARTS):
-            below = [path[1:] for path in below]
-        return below
-    below = unwrapped(below)
-    parts = [PARTS.get(path[0].lower()) for path in below]
-    if None not in parts or any(part and path[2:] for part, path in zip(parts, below)):
-        check("train" in parts and None not in parts, wanted)
-        below = unwrapped([path[1:] for path in below])
-    else:
-        parts = ["train"] * len(files)                  # to be split
-    other = max({"train", "val", "test"} & {*parts}, key=("train", "val", "test").index)
-    rows = [(file, path[0] if path[1:] else "", part)
-            for file, path, part in zip(files, below, parts) if part in ("train", other)]
-    left_out.update(part for part in parts if part not in ("train", other))
-    classes = sorted({name for _, name, part in rows if part == "train"})
-    label = {name: i for i, name in enumerate(classes)}
-    check({name for _, name, _ in rows} == {*classes}, wanted)
-    check("" not in classes or len(classes) == 1, wanted)
-    mine = "train" if train else other
-    items = [(file, label[name]) for file, name, part in rows if part == mine]
-    if other == "train":
-        items = seeded_split(items, train)
-    return items, [name for name in classes if name], left_out, files
-
-def deep_values(image):
-    """The values of an image of one channel of more than 8 bits (16, 32, floats); else None.
-    NaN becomes the lowest value, an infinite one the lowest or highest that is finite."""
-    if image.mode[0] not in "IF":
-        return None
-    values = np.asarray(image, np.float64)
-    finite = values[np.isfinite(values)]
-    return np.nan_to_num(values, nan=finite.min()).clip(finite.min(), finite.max())
-
-def value_range(files):
-    """The lowest and the highest of all deep values in image files; None if there are none."""
-    found = []
-    for file in files:
-        with contextlib.suppress(Exception), Image.open(file) as image:     # decode tells of faults
-            values = deep_values(image)
-            found += [values.min().item(), values.max().item()]
-    return (min(found), max(found)) if found else None
-
-def decode(image, size, span=None):
-    """An image or image file -> uint8 RGB [3, size, size]: shorter side scaled, centre kept,
-    transparency on white. span: the deep values that become 0 and 255, or else the image's own."""
-    with explained(f"{image} does not decode as an image"):
-        if not isinstance(image, Image.Image):
-            image = Image.open(image)
-            with contextlib.suppress(Exception):        # damaged notes of a camera turn nothing
-                image = ImageOps.exif_transpose(image)
-        values = deep_values(image)
-        if values is not None:
-            low, high = span or (values.min(), values.max())
-            values = (values - low) / max(high - low, 1e-12) * 255
-            image = Image.fromarray(values.round().clip(0, 255).astype(np.uint8))
-        if image.has_transparency_data:
-            white = Image.new("RGBA", image.size, "white")
-            image = Image.alpha_composite(white, image.convert("RGBA"))
-        image = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.LANCZOS)
-        return torchvision.transforms.functional.pil_to_tensor(image)
-
-def decode_all(items, size, span, old):
-    """Items (image or file, label) -> dict of images, labels, stamps, faults (sentences).
-    old: what this gave another time, or None. What it has is not decoded again."""
-    with explained("the images do not fit into memory: lower --image-size"):
-        images = torch.zeros(len(items), 3, size, size, dtype=torch.uint8)
-    labels = torch.zeros(len(items), dtype=torch.int64)
-    known = dict(zip(old["stamps"], old["images"])) if old and "stamps" in old else {}
-    stamps = [""] * len(items)
-    faults = []
-    def fetch(i):
-        image, labels[i] = items[i]
-        mark = stamp(image, span)
-        try:
-            images[i] = known[mark] if mark in known else decode(image, size, span)
-            stamps[i] = mark
-        except Stop as fault:
-            faults.append(str(fault))
-    with ThreadPoolExecutor() as pool:
-        for i, _ in enumerate(pool.map(fetch, range(len(items)))):
-            progress(f"decoding: {i + 1}/{len(items)}")
-    return dict(images=images, labels=labels, stamps=stamps, faults=faults)
-
-def load_dataset(name, split="train", image_size=None, data_dir="data"):
-    """A data set in memory, decoded once and cached beside the data in prototype-*.pt -> Dataset.
-    name: a key of Config.PRESETS; split: train or test; image_size: pixels (None: the preset's).
-    Raises Stop for an unknown name, missing data, no network; and naming all unreadable images."""
-    check(name in Config.PRESETS and split in SHAPE_SPLITS,
-          f"no split {split} of {name}: choose train or test of {', '.join(Config.PRESETS)}")
-    size = image_size or Config.PRESETS[name].get("image_size", Config.image_size)
-    if name in FINE:
-        n, seed = SHAPE_SPLITS[split]
-        return make_shapes(n, size, seed, fine=FINE[name])
-    root = Path(data_dir)
-    def open_set():
-        with explained(f"{name} cannot be read in {root}: check --data-dir and the network"):
-            return data_sets[name](root, split == "train")
-    key = [name]
-    extra = {}
-    if name == "folder":                                # its files may change
-        items, classes, left_out, files = open_set()
-        span = cached(root / "prototype-folder-range.pt", [stamp(file) for file in files],
-                      lambda old: value_range(files))
-        key = [*classes, *(stamp(file, span) for file, _ in items)]
-        extra = dict(span=span, left_out=", ".join(f"{n} {what}" for what, n in left_out.items()))
-    def make(old):
-        items, classes, *_ = open_set()
-        made = decode_all(items, size, extra.get("span"), old)
-        key.extend(made["faults"])                      # not in the next key: tried again
-        return dict(classes=classes, **made)
-    found = cached(root / f"prototype-{name}-{split}-{size}.pt", key, make)
-    check(not found["faults"], f"replace or take away: {'; '.join(sorted(found['faults']))}")
-    labels = found["labels"] if found["classes"] else None
-    return Dataset(found["images"], labels, found["classes"], **extra)
-
-def load_sets(cfg):
-    """The training set and the held-out set of a run; of one channel if all images are grey."""
-    sets = [load_dataset(cfg.dataset, split, cfg.image_size, cfg.data_dir)
-            for split in ("train", "test")]
-    check(sets[0].classes or not cfg.labelled, "the images have no classes: use train/<class>/*")
-    progress(f"{cfg.dataset}: {sets[0]}; and {len(sets[1].images):,} held-out images", "\n")
-    if all((data.images == data.images[:, :1]).all() for data in sets):
-        for data in sets:
-            data.images = data.images[:, :1].clone()
-    return sets
-
-def place_images(images, device):
-    """uint8 images where batches are drawn from: the device, if they fill less than half of it."""
-    too_large = device.type == "cuda" and images.nbytes > torch.cuda.mem_get_info(device)[0] / 2
-    return images if too_large else images.to(device)
-
-def scaled(images, index, device):
-    """uint8 images[index] -> float32 [B, C, H, W] in [-1, 1] on the device."""
-    return images[index.to(images.device)].to(device).float() / 127.5 - 1
-
-def to_uint8(x):
-    """[-1, 1] -> 0..255, rounded, on the CPU."""
-    return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
-
-def fingerprint(*tensors):
-    """A short text that tells these tensors (None: left out) from others."""
-    text = hashlib.sha1()
-    for tensor in tensors:
-        if tensor is not None:
-            text.update(tensor.numpy())
-    return text.hexdigest()
-
 def open_fashion_mnist(root, train):
     """Padded from 28 to 32 pixels."""
     pad = torchvision.transforms.Pad(2)
@@ -1244,8 +973,126 @@ def open_celeba_files(root, train):
     data = torchvision.datasets.CelebA(root, "train" if train else "test")
     return [(Path(root, "celeba", "img_align_celeba", name), 0) for name in data.filename], []
 
+def split_off(items, train):
+    """A fixed random split of what comes without one, items (image, label): a tenth of each class
+    is held out, the second of every ten, and so none of a class of one image."""
+    seen = Counter()
+    chosen = []
+    for i in some_of(len(items)).tolist():
+        label = items[i][1]
+        seen[label] += 1
+        if (seen[label] % 10 == 2) != train:
+            chosen.append(items[i])
+    return chosen
+
+ENDINGS = (".png .jpg .jpeg .jpe .jfif .gif .bmp .tif .tiff .webp .avif .jp2 "
+           ".ppm .pgm .pbm .pnm").split()
+SERVICE = {"@eaDir", "#recycle", "$RECYCLE.BIN", "__MACOSX", "lost+found"}  # of drives and systems
+PART = "train|test|val"
+# A class is not called as a part is, in whatever case: Test, training, train2017, val_images.
+CLASS = (r"(?!(?i:(train|test|valid?|eval|dev)(ing|ation|uation)?[-_. ]?"
+         r"(set|data|split|images?|\d+)?)$)[^/\ud800-\udfff]+")
+LAYOUTS = ("()()", f"()({CLASS})", f"({PART})()", f"({PART})/({CLASS})")    # a folder: part, class
+LAYOUT = ("wanted are <class>/*.png, or train/<class>/*.png with or without test/ and val/; or, "
+          "without classes, *.png or train/*.png; all images at one depth, UTF-8 names of folders")
+
+def open_folder(root, train):
+    """A folder of images, see LAYOUT -> items (file, label), names of classes. What is in test/ or
+    val/ is held out; without them a tenth is. Hidden files and those of systems are skipped, links
+    are followed. Raises Stop for a folder of another layout."""
+    files = [file for file in sorted(map(Path, glob.glob("**/*", root_dir=root, recursive=True)))
+             if file.suffix.lower() in ENDINGS and not SERVICE & {*file.parts}]
+    check(files, f"there are no images in {root}: {LAYOUT}")
+    folders = [unicodedata.normalize("NFC", "/".join(file.parts[:-1])) for file in files]
+    layouts = [[re.fullmatch(layout, folder) for folder in folders] for layout in LAYOUTS]
+    found = max(layouts, key=lambda fits: sum(map(bool, fits)))     # the layout of most files
+    for file, fits in zip(files, found):
+        check(fits, f"{root / file} is in the wrong place: {LAYOUT}")
+    parts = [fits[1] or "train" for fits in found]
+    names = [fits[2] for fits in found]
+    classes = sorted({*names})
+    pairs = {*zip(parts, names)}
+    for part in {"train", *parts}:
+        for name in classes:
+            check((part, name) in pairs, f"{root / part} has no images{' of ' * bool(name)}{name}")
+    items = [(root / file, classes.index(name)) for file, name in zip(files, names)]
+    if {*parts} == {"train"}:
+        items = split_off(items, train)
+    else:
+        items = [item for item, part in zip(items, parts) if (part == "train") == train]
+    return items, [*filter(None, classes)]
+
 data_sets = {"folder": open_folder, "fashion-mnist": open_fashion_mnist, "cifar10": open_cifar10,
              "celeba": open_celeba_files}
+
+def decode(image, size, mode="RGB"):
+    """An image or image file -> uint8 [3, size, size], or [1, size, size] of mode "L", luminance:
+    shorter side scaled, centre kept, transparency on white. Raises Stop for more than 8 bits."""
+    if not isinstance(image, Image.Image):
+        image = Image.open(image)
+        deep = image.mode[0] in "IF" or ";16" in str(image.tile)
+        check(not deep, "more than 8 bits: convert it to 8 bits first")
+        with contextlib.suppress(Exception):            # damaged notes of a camera turn nothing
+            image = ImageOps.exif_transpose(image)
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    image = ImageOps.fit(image.convert(mode), (size, size), Image.Resampling.LANCZOS)
+    return torchvision.transforms.functional.pil_to_tensor(image)
+
+def decode_all(items, size):
+    """Items (image or file, label) -> uint8 images [N, 3, size, size], labels [N]. Raises Stop that
+    names all images that cannot be read."""
+    images = torch.empty(len(items), 3, size, size, dtype=torch.uint8)
+    labels = torch.empty(len(items), dtype=torch.int64)
+    faults = []
+    def fetch(i):
+        image, labels[i] = items[i]
+        try:
+            images[i] = decode(image, size)
+        except Exception as error:
+            faults.append(f"{image} ({error})")
+    with ThreadPoolExecutor() as pool:
+        for i, _ in enumerate(pool.map(fetch, range(len(items)))):
+            progress(f"decoding: {i + 1}/{len(items)}")
+    check(not faults, f"{len(faults)} images cannot be read: {'; '.join(sorted(faults))}")
+    return images, labels
+
+def load_dataset(name, split="train", image_size=None, data_dir="data"):
+    """A data set in memory, decoded once and cached beside the data in prototype-*.pt -> Dataset.
+    name: a key of Config.PRESETS; split: train or test; image_size: pixels (None: the preset's).
+    Raises Stop for an unknown name, missing data, no network, a folder of another layout."""
+    check(name in Config.PRESETS and split in SHAPE_SPLITS, f"there is no {split} of {name}")
+    size = image_size or Config.PRESETS[name].get("image_size", Config.image_size)
+    if name in FINE:
+        n, seed = SHAPE_SPLITS[split]
+        return make_shapes(n, size, seed, fine=FINE[name])
+    root = Path(data_dir)
+    try:
+        items, classes = data_sets[name](root, split == "train")
+    except (OSError, RuntimeError) as error:
+        raise Stop(f"{name} in {root}: {error}; check --data-dir and the network") from None
+    key = [*classes]
+    if isinstance(items, list):                         # of files, which may change
+        key += [f"{str(file)!a} {os.stat(file).st_size} {os.stat(file).st_mtime_ns}"
+                for file, _ in items]
+    path = root / f"prototype-{name}-{split}-{size}.pt"
+    images, labels = cached(path, key, lambda: decode_all(items, size))
+    return Dataset(images, labels if classes else None, classes)
+
+def load_sets(cfg):
+    """The training set and the held-out set of a run; of one channel if all images are grey."""
+    sets = [load_dataset(cfg.dataset, split, cfg.image_size, cfg.data_dir)
+            for split in ("train", "test")]
+    check(sets[0].classes or not cfg.labelled, f"the images have no classes: {LAYOUT}")
+    check(len(sets[0].images) > 1 and len(sets[1].images), "there are too few images: give two to "
+          "train on, and one to hold out that is not alone in its class")
+    if all((data.images == data.images[:, :1]).all() for data in sets):
+        for data in sets:
+            data.images = data.images[:, :1].clone()
+    progress(f"{cfg.dataset}: {len(sets[0].images):,} images to train on, {len(sets[1].images):,} "
+             f"held out; {len(sets[0].classes)} classes, {sets[0].images.shape[1]} channels", "\n")
+    return sets
 
 def load_traits(cfg):
     """load_sets with CelebA's attributes; and with the planted bias, of the training set alone."""
@@ -1297,11 +1144,34 @@ def shuffled(N, n, *key):
     order = torch.randperm(N, generator=torch.Generator().manual_seed(seed_of(*key)))
     return order[torch.arange(n) % N]
 
-# ---- The judge: a classifier of traits -----------------------------------------------------------
+def place_images(images, device):
+    """uint8 images where batches are drawn from: the device, if they fill less than half of it."""
+    too_large = device.type == "cuda" and images.nbytes > torch.cuda.mem_get_info(device)[0] / 2
+    return images if too_large else images.to(device)
+
+def scaled(images, index, device):
+    """uint8 images[index] -> float32 [B, C, H, W] in [-1, 1] on the device."""
+    return images[index.to(images.device)].to(device).float() / 127.5 - 1
+
+def to_uint8(x):
+    """[-1, 1] -> 0..255, rounded, on the CPU."""
+    return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
+
+def fingerprint(*tensors):
+    """A short text that tells these tensors (None: left out) from others."""
+    text = hashlib.sha1()
+    for tensor in filter(torch.is_tensor, tensors):
+        text.update(tensor.numpy())
+    return text.hexdigest()
+
+def some_of(N, n=None):
+    """The numbers of n of N things, or of all, in a random order that is always the same."""
+    return torch.randperm(N, generator=torch.Generator().manual_seed(0))[:n]
+
+# ---- Classifiers, such as the judge of samples ---------------------------------------------------
 
 def resnet(channels, side, width=64, imagenet=False):
     """torchvision's ResNet-18 without its last layer: [B, channels, side, side] -> [B, 8 width]."""
-    check(not imagenet or width == 64, "--imagenet has weights of width 64: add --learner-width 64")
     net = torchvision.models.resnet18(weights="DEFAULT" if imagenet else None)
     if width != 64:                                     # torchvision fixes the width: rebuild
         net.inplanes = width
@@ -1342,39 +1212,37 @@ def fit(net, images, targets, loss, steps, cfg, seed):
     return net.eval().requires_grad_(False)
 
 @torch.no_grad()
-def features_of(net, images, device):
+def features_of(net, images, device, size=500):
     """net(x) in float32 on the CPU for all uint8 images [N, C, H, W], as x in [-1, 1]."""
-    parts = torch.arange(len(images)).split(500)
+    parts = torch.arange(len(images)).tensor_split(math.ceil(len(images) / size))
     return torch.cat([net(scaled(images, part, device)).float().cpu() for part in parts])
 
 def load_trait_judge(cfg, data, device):
     """The judge: a classifier of traits trained apart, on real images alone; kept beside the data.
-    For shapes these are others, without bias; else the training set `data`. Returns features, the
-    last layer, and the moments of its features of these images."""
+    For shapes these are others, without bias; else the training set `data` -> the network, features
+    and last layer; moments of its features of these images."""
     real = load_dataset("shapes", "judge", cfg.image_size) if cfg.dataset == "shapes" else data
     known, names = judged(real)
     torch.manual_seed(seed_of("judge"))
     features = resnet(*real.images.shape[1:3], cfg.judge_width)
     net = nn.Sequential(features, nn.Linear(8 * cfg.judge_width, known.shape[1])).to(device)
-
-    def make(old):
+    def make():
         loss = F.binary_cross_entropy_with_logits
         fit(net, real.images, known.float(), loss, cfg.judge_steps, cfg, "judge")
-        z = features_of(features, real.images, device)
-        return dict(net=net.state_dict(), moments=moments(z))
+        return net.state_dict(), moments(features_of(features, real.images, device))
     name = f"prototype-traits-{cfg.dataset}-{cfg.image_size}-{cfg.judge_width}-{cfg.judge_steps}.pt"
     key = [fingerprint(real.images, known), names, cfg.mirror]
-    saved = cached(Path(cfg.data_dir, name), key, make)
-    net.load_state_dict(saved["net"])
-    return SimpleNamespace(features=features.eval(), last=net[1].cpu(), moments=saved["moments"])
+    weights, real_moments = cached(Path(cfg.data_dir, name), key, make)
+    net.load_state_dict(weights)
+    return net.eval().requires_grad_(False), real_moments
 
-@torch.no_grad()
 def judge_traits(judge, images, device):
     """uint8 images -> P of all `judged` [N, A + C], and their Frechet distance to the judge's.
     It lies in the features of this one classifier: not FID, and compares only under the same
     judge."""
-    z = features_of(judge.features, images, device)
-    return judge.last(z).sigmoid(), frechet_distance(*moments(z), *judge.moments)
+    net, real = judge
+    z = features_of(net[0], images, device)
+    return net[1].cpu()(z).sigmoid(), frechet_distance(*moments(z), *real)
 
 # ---- Metrics: FID, IS and KID with the 2015 Inception network ------------------------------------
 
@@ -1397,9 +1265,8 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
 
 def inception_score(logits, splits=10):
     """exp(mean KL(p(y|x) || p(y))) (Salimans et al. 2016): logits [N, L] -> mean, std of splits."""
-    order = torch.randperm(len(logits), generator=torch.Generator().manual_seed(0))
     scores = []
-    for part in logits[order].double().tensor_split(min(splits, len(logits))):
+    for part in logits[some_of(len(logits))].double().tensor_split(min(splits, len(logits))):
         log_p = part.log_softmax(1)
         log_mean = log_p.logsumexp(0) - math.log(len(part))
         scores.append((log_p.exp() * (log_p - log_mean)).sum(1).mean().exp().item())
@@ -1434,51 +1301,57 @@ def fid_inception():
         lambda module, args: F.max_pool2d(seen.pop(), 3, 1, padding=1))
     return net.eval().requires_grad_(False)
 
-@torch.no_grad()
 def inception_features(net, images, device):
     """uint8 [N, C, H, W] -> features [N, 2048] as in pytorch-fid, logits without bias [N, 1008]."""
     head = net.fc
     net.fc = nn.Identity()
-    features = []
-    for part in images.split(100):
-        x = part.to(device).expand(-1, 3, -1, -1).float() / 255
-        x = F.interpolate(x, size=(299, 299), mode="bilinear", align_corners=False)
-        features.append(net(2 * x - 1).cpu())
+    def enlarged(x):
+        x = x.expand(-1, 3, -1, -1)
+        return net(F.interpolate(x, (299, 299), mode="bilinear", align_corners=False))
+    features = features_of(enlarged, images, device, 100)
     net.fc = head
-    features = torch.cat(features)
     return features, features @ head.weight.T.cpu()
 
 INCEPTION = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
              "pt_inception-2015-12-05-6726825d.pth")
 
+def load_inception(name):
+    """The network for --inception -> None if it is off, or cannot be downloaded. Raises Stop for a
+    file that is missing, or of other weights."""
+    if name == "off":
+        return None
+    net = fid_inception()
+    try:
+        if name == "download":
+            weights = torch.hub.load_state_dict_from_url(INCEPTION, check_hash=True)
+        else:
+            weights = torch.load(name, map_location="cpu")
+        net.load_state_dict(weights)
+    except Exception as error:
+        check(name == "download", f"--inception {name}: no weights of Inception ({error})")
+        return None
+    return net
+
 def inception_metrics(cfg, samples, real, device):
     """FID, IS, KID of uint8 samples against all training images; {} without weights, and a line."""
-    try:
-        with explained("FID, IS, KID: not computed; ask with --inception download, or FILE"):
-            check(cfg.inception != "off", "now off")
-            net = fid_inception()
-            if cfg.inception == "download":
-                weights = torch.hub.load_state_dict_from_url(INCEPTION, check_hash=True)
-            else:
-                weights = torch.load(cfg.inception)
-            net.load_state_dict(weights)
-    except Stop as error:
-        progress(str(error), "\n")
+    net = load_inception(cfg.inception)
+    if net is None:
+        progress("FID, IS, KID: not computed; ask with --inception download, or FILE", "\n")
         return {}
+    key = [fingerprint(real), fingerprint(*net.state_dict().values())]
     net.to(device)
-    def make(old):
+    def make():
         features, _ = inception_features(net, real, device)
-        some = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))[:10_000]
-        return dict(moments=moments(features), features=features[some])
+        return moments(features), features[some_of(len(features), 10_000)]
     path = Path(cfg.data_dir, f"prototype-inception-{cfg.dataset}-{cfg.image_size}.pt")
-    weights = torch.cat([w.flatten().float() for w in net.state_dict().values()]).cpu()
-    reference = cached(path, [fingerprint(real), fingerprint(weights)], make)
+    reference, some = cached(path, key, make)
     features, logits = inception_features(net, samples, device)
-    fid = frechet_distance(*moments(features), *reference["moments"])
-    values = [fid, *kernel_distance(features, reference["features"]), *inception_score(logits)]
-    n = "" if len(samples) >= 50_000 else f"_{len(samples) / 1000:g}k"      # fewer: another number
-    names = [f"fid{n}", f"kid{n}", f"kid{n}_std", f"is{n}", f"is{n}_std"]
-    return {name: x for name, x in zip(names, values) if not math.isnan(x)}     # KID of one image
+    fid = frechet_distance(*moments(features), *reference)
+    values = [fid, *kernel_distance(features, some), *inception_score(logits)]
+    n = f"{len(samples) / 1000:g}k"                     # of fewer than 50k: another number
+    return dict(zip([f"fid_{n}", f"kid_{n}", f"kid_{n}_std", f"is_{n}", f"is_{n}_std"], values))
+
+# ---- Metrics: activations and traits -------------------------------------------------------------
 
 # exercise
 def auroc(score, positive):
@@ -1585,9 +1458,7 @@ def raised_share(cfg, run, s_all, images, follow):
 
 def correlation(s):
     """Pearson correlations of the columns of s [N, m] -> [m, m]; 0 where a column does not vary."""
-    s = s - s.mean(0)
-    s = s / s.square().sum(0).clamp(min=1e-12).sqrt()   # the gradient of a root at 0 is infinite
-    return s.T @ s
+    return torch.corrcoef(s.T).nan_to_num()
 
 def prototype_state(s):
     """Which prototypes are live, and which dead, by s [N, m] of held-out images -> bool [m] both.
@@ -1617,46 +1488,50 @@ def diverse(s, n):
 
 @contextlib.contextmanager
 def drawing(path, width, height):
-    """A figure of that many inches, saved to path at the end. A $ in a text begins no formula."""
-    with matplotlib.rc_context({"text.parse_math": False}):
+    """A figure in inches, saved at the end, in matplotlib's own style. A $ begins no formula."""
+    with style.context(["default", {"text.parse_math": False}]):
         fig = Figure(figsize=(width, height), layout="constrained")
         yield fig
-        fig.savefig(path, dpi=120)
+        fig.savefig(path, dpi=120, bbox_inches="tight")
+
+def drawable(names):
+    """Names for a picture: one that the font cannot draw becomes its number, and a line says so."""
+    font = font_manager.get_font(font_manager.findfont("DejaVu Sans")).get_charmap()
+    shown = [name if {*map(ord, name)} <= {*font} else str(i) for i, name in enumerate(names)]
+    if shown != [*names]:
+        progress("pictures have numbers for names that the font cannot draw", "\n")
+    return shown
 
 def draw_grid(path, images, rows, title, columns=(), size=0.55):
     """uint8 images [R * n, C, H, W], `size` inches each, as R named rows of n, named columns."""
     n = len(images) // len(rows)
     centres = (np.arange(max(n, len(rows))) + 0.5) * (images.shape[-1] + 1)
     tiles = torchvision.utils.make_grid(images, n, padding=1, pad_value=255)
-    left = max(1.5, 0.3 + 0.1 * max(map(len, rows)))    # inches for their names
-    with drawing(path, left + size * n, 0.7 + size * len(rows)) as fig:
+    with drawing(path, 2 + size * n, 0.7 + size * len(rows)) as fig:
         axes = fig.subplots()
         axes.imshow(tiles.permute(1, 2, 0), interpolation="nearest")
         axes.set_yticks(centres[:len(rows)], rows)
         axes.set_xticks(centres[:len(columns)], columns, fontsize="small")
         axes.tick_params(length=0)
-        axes.spines[:].set_visible(False)
-        fig.suptitle(title, fontsize="medium", wrap="$" not in title)    # else a formula
+        axes.set_frame_on(False)
+        axes.set_title(title, fontsize="medium", wrap=True)
 
-def draw_curves(path, groups, names):
-    """Columns of the logs of runs (group -> list of metrics.json) over steps, and over all seconds.
-    A group of several runs gets its mean at the end, with the 95 % interval."""
-    with drawing(path, 3 * len(names), 6) as fig:
-        for name, (steps, clock) in zip(names, fig.subplots(2, len(names), squeeze=False).T):
-            for i, (group, runs) in enumerate(groups.items()):
-                for run in runs:
-                    rows = [row for row in run["log"] if name in row]
-                    values = [row[name] for row in rows]
-                    seconds = [run["seconds_before"] + row["seconds"] for row in rows]
-                    steps.plot([row["step"] for row in rows], values, ".-", color=f"C{i}")
-                    clock.plot(seconds, values, ".-", color=f"C{i}")
-                if len(runs) > 1:
-                    mean, half = mean_interval([run["log"][-1].get(name, math.nan) for run in runs])
-                    steps.errorbar(runs[0]["step"], mean, half, fmt="o", capsize=6, color=f"C{i}")
-                clock.plot([], [], color=f"C{i}", label=group)
-            steps.set(title=name, xlabel="training step")
-            clock.set_xlabel("seconds, with all before training")
-        fig.legend(*clock.get_legend_handles_labels(), loc="outside upper center")
+def draw_curves(path, groups):
+    """Runs (group -> list of metrics.json) over steps and over seconds, with those before training:
+    the loss and what was measured while training, a line a run, a colour a group."""
+    first = next(iter(groups.values()))[0]["log"][-1]
+    names = [name for name in ("loss", "accuracy", "frechet", "leak") if name in first]
+    with drawing(path, 4 * len(names), 6) as fig:
+        for x, line in zip(("step", "seconds"), fig.subplots(2, len(names), squeeze=False)):
+            for name, axes in zip(names, line):
+                axes.set(title=name, xlabel=x)
+                for i, (group, runs) in enumerate(groups.items()):
+                    axes.plot([], color=f"C{i}", label=group)
+                    for run in runs:
+                        rows = [row for row in run["log"] if name in row]
+                        axes.plot([row[x] for row in rows], [row[name] for row in rows], ".-",
+                                  color=f"C{i}")
+        fig.legend(*axes.get_legend_handles_labels(), loc="outside upper center")
 
 def best_patches(run, images, chosen):
     """Upper left corner (row, column) of image i's best patch for prototype chosen[i] -> [N, 2].
@@ -1732,12 +1607,14 @@ def draw_diagnosis(path, figures, seen, a, b):
 def find_device(name):
     """auto, cuda, cuda:1, mps or cpu -> torch.device, ready. Raises Stop if it is not there."""
     if name == "auto":
-        found = torch.accelerator.is_available()
-        name = torch.accelerator.current_accelerator().type if found else "cpu"
+        here = torch.accelerator.is_available()
+        name = torch.accelerator.current_accelerator().type if here else "cpu"
     if name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    with explained(f"--device {name} is not there: try cpu"):
+    try:
         device = torch.zeros(1, device=name).device
+    except Exception:
+        raise Stop(f"--device {name} is not there: try auto, or cpu") from None
     torch.backends.cudnn.benchmark = True
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -1753,8 +1630,8 @@ def placed(net, device):
 
 def amp_dtype(device, amp):
     """--amp -> torch.bfloat16, float16 or None. auto: bfloat16 where the hardware has it."""
-    if amp == "auto" and device.type == "cuda":         # cards before capability 8 emulate bfloat16
-        amp = "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
+    if amp == "auto" and device.type == "cuda":
+        amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     if amp == "auto" and device.type == "cpu" and torch.cpu._is_avx512_bf16_supported():
         amp = "bf16"
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp)
@@ -1762,7 +1639,7 @@ def amp_dtype(device, amp):
 def autocast(device, amp):
     """Mixed precision for the networks."""
     dtype = amp_dtype(device, amp)
-    return torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None)
+    return torch.autocast(device.type, dtype, enabled=dtype is not None)
 
 def seed_of(*key):
     """One 32-bit seed from the seed of the run, a purpose in words, and numbers like the step."""
@@ -1774,94 +1651,62 @@ def random_index(N, n, *key):
 
 # ---- Files: a run is a folder --------------------------------------------------------------------
 
-@contextlib.contextmanager
-def replacing(path):
-    """Yields a temporary neighbour of the file `path`, open for bytes, which takes its place at the
-    end: a kill leaves the old file or the new one. Raises Stop if it cannot be written."""
+def save(content, path):
+    """Write a file, all or nothing: a kill leaves the old file or the new one. In a .json file what
+    is not finite becomes null, for JSON has no such numbers; any other is torch.save's."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(f"{path}.{os.getpid()}.tmp")
-    with explained(f"{path} cannot be written"):
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with open(temporary, "wb") as file:
-                yield file
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+    with open(temporary, "wb") as file:
+        if path.suffix == ".json":
+            content = json.loads(json.dumps(content), parse_constant=lambda name: None)
+            file.write(json.dumps(content, indent=1).encode())
+        else:
+            torch.save(content, file)
+        file.flush()
+        os.fsync(file)                                  # a power cut would leave it empty
+    os.replace(temporary, path)
 
-def save_safely(content, path):
-    """torch.save, all or nothing."""
-    with replacing(path) as file:
-        torch.save(content, file)
-
-def save_json(content, path):
-    """A .json file, all or nothing."""
-    with replacing(path) as file:
-        file.write((json.dumps(content, indent=1) + "\n").encode())
-
-def read_json(path):
-    """The dict in a run's .json file. Raises Stop if there is none."""
-    with explained(f"{path.parent} is not the folder of a run: its {path.name} cannot be read"):
-        return dict(json.loads(path.read_text(encoding="utf-8")))
+def load(path):
+    """What `save` wrote. Raises Stop if the file is missing or damaged."""
+    try:
+        if path.suffix == ".json":
+            return dict(json.loads(path.read_bytes()))
+        return torch.load(path, map_location="cpu")
+    except Exception as error:
+        raise Stop(f"{path} is missing or damaged ({type(error).__name__})") from None
 
 def cached(path, key, make):
-    """What make(old) returns, kept in `path` for the next time that the key is the same.
-    old: what was kept for another key, or None."""
-    old = None
-    with contextlib.suppress(Exception):                # there is none, or not a whole one
-        saved = torch.load(path, map_location="cpu")
-        old = saved["content"]
-        if saved["key"] == key:
-            return old
-    content = make(old)
-    try:
-        save_safely(dict(key=key, content=content), path)
-    except Stop as error:
-        progress(f"note: {error}; it will be made again next time", end="\n")
-    return content
+    """What make() returns, kept in `path`, if one can write there, until the key is another."""
+    saved = load(path) if path.exists() else {}
+    if saved.get("key") != key:
+        saved = dict(key=key, content=make())
+        with contextlib.suppress(OSError):
+            save(saved, path)
+    return saved["content"]
 
-def new_folder(wanted):
-    """Make the folder `wanted`, or the first of wanted-2, -3, ... that is not there. What is there
-    is left alone, even if empty: so two runs that start together never share a folder."""
-    folder = Path(wanted)
-    number = 1
-    while True:
-        try:
-            folder.mkdir(parents=True)
-            return folder
-        except FileExistsError:
-            number += 1
-            folder = Path(f"{Path(wanted)}-{number}")
+def new_folder(wanted, otherwise):
+    """Make the folder `wanted`, or one named by the time. Nothing is ever written over."""
+    folder = wanted or Path(f"{otherwise}-{datetime.datetime.now():%m%d-%H%M%S-%f}")
+    folder.mkdir(parents=True)
+    return folder
 
 def save_checkpoint(folder, step, known, log, parts):
     """checkpoint.pt. parts: name -> module, optimiser or scaler."""
     states = {name: part.state_dict() for name, part in parts.items()}
-    state = dict(script=SCRIPT, step=step, known=known, log=log, **states)
-    save_safely(state, folder / "checkpoint.pt")
-
-def load_checkpoint(folder):
-    """checkpoint.pt, on the CPU. Raises Stop if it is missing, damaged or of another script."""
-    with explained(f"{folder} has no checkpoint.pt of this script, --resume it first"):
-        state = torch.load(folder / "checkpoint.pt", map_location="cpu")
-        check(state["script"] == SCRIPT, f"it is of {state['script']}.py")
-        return state
-
-def restore(parts, state):
-    """Load the state of each part (name -> module, optimiser, scaler) that has one at this step."""
-    with explained("checkpoint.pt holds another network than config.json beside it describes"):
-        for name, part in parts.items():
-            if state.get(name):
-                part.load_state_dict(state[name])
+    save(dict(step=step, known=known, log=log, **states), folder / "checkpoint.pt")
 
 def load_run(folder, device="auto"):
-    """A run: config, model (the average, in eval mode), known, step, log, device, whole state."""
+    """A run: config, model (the average, in eval mode), known, step, log, device, state (all)."""
     folder = Path(folder)
     device = find_device(device)
-    cfg = Config(**read_json(folder / "config.json"))
-    state = load_checkpoint(folder)
+    cfg = read_config(folder)
+    state = load(folder / "checkpoint.pt")
     model = placed(cfg.build(state["known"]), device).eval().requires_grad_(False)
-    restore(dict(average=model), state)
-    return SimpleNamespace(config=cfg, model=model, device=device, known=state["known"],
-                           step=state["step"], log=state["log"], state=state)
+    try:
+        model.load_state_dict(state["average"])
+    except RuntimeError:
+        raise Stop(f"{folder}: config.json is of another network than checkpoint.pt") from None
+    return SimpleNamespace(**{**state, "model": model}, state=state, config=cfg, device=device)
 
 def mean_losses(history):
     """Means of losses, dicts of scalars, over steps and processes -> dict. Waits for the device."""
@@ -1870,15 +1715,6 @@ def mean_losses(history):
         dist.all_reduce(means)
     return dict(zip(history[0], (means / WORLD).tolist()))
 
-@torch.no_grad()
-def is_sound(model, batch, abar, cfg):
-    """May these weights be saved? Their noise loss, in float32, should not be far above 1, which
-    predicting zeros has. All of torchrun's processes get the same answer."""
-    losses = model.eval()(batch, abar, cfg)
-    model.train()
-    noise = losses.get("diffusion", losses["loss"])
-    return not in_any_process(not noise <= 10, noise.device)
-
 def write_csv(path, rows):
     """Rows (dicts) as a CSV file; its header has all their keys; what a row lacks stays empty."""
     with open(path, "w", newline="", encoding="utf-8") as file:
@@ -1886,98 +1722,46 @@ def write_csv(path, rows):
         writer.writeheader()
         writer.writerows(rows)
 
-def print_new_steps(run, cfg):
-    """What --resume does if the number of steps is another one."""
-    if run.step >= cfg.steps:
-        progress(f"step {run.step} of {cfg.steps}: there is nothing left to train", "\n")
-    elif run.step and cfg.steps != run.config.steps:
-        rate = learning_rate(run.step, run.config)
-        progress(f"for {cfg.steps} steps in all, the learning rate goes from {rate:.2g} to "
-                 f"{learning_rate(run.step, cfg):.2g}, and then on down to 0", "\n")
-
-def progress(text, end="\r"):
-    """A line, which the next one overwrites if it ends with a return: those only on a terminal."""
-    if RANK == 0 and (end == "\n" or sys.stdout.isatty()):
-        print(f"{text:79}", end=end, flush=True)
-
-@contextlib.contextmanager
-def on_signals(handler):
-    """Inside, Ctrl-C and SIGTERM call handler(number, frame); not in a thread, which may not."""
-    before = {}
-    with contextlib.suppress(ValueError):
-        for number in (signal.SIGINT, signal.SIGTERM):
-            before[number] = signal.signal(number, handler)
-    try:
-        yield
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old)
-
-def interrupt(number, frame):
-    """Stop at once: a KeyboardInterrupt that knows its signal."""
-    raise KeyboardInterrupt(number)
-
-@contextlib.contextmanager
-def interruptible():
-    """Yields a list that gets the numbers of such signals, so that a step can end first. A second
-    one stops at once, but not under torchrun, which sends each of them twice."""
-    interrupts = []
-    def note(number, frame):
-        if interrupts and WORLD == 1:
-            interrupt(number, frame)
-        interrupts.append(number)
-    with on_signals(note):
-        yield interrupts
-
-# ---- Tasks: train, sample, explain, evaluate, diagnose, edit, compare ----------------------------
-
-def in_any_process(flag, device):
-    """Is the flag set in one of torchrun's processes? All of them get the same answer."""
-    if WORLD == 1:
-        return flag
-    total = torch.tensor(float(flag), device=device)
-    dist.all_reduce(total)
-    return total.item() > 0
+# ---- Tasks: train, sample, evaluate, compare -----------------------------------------------------
 
 def new_run(cfg, sets, folder, device):
     """All that comes before training: config.json, and the checkpoint of step 0.
-    known: shape, classes and span (see Dataset) of the images, their fingerprint, seconds that this
-    took, and what model.begin returns: targets [N], figures, and what the method needs."""
+    known: shape and classes of the images, their fingerprint, seconds that this took, and what
+    model.begin returns: targets [N], figures, and what the method needs."""
     start = time.perf_counter()
-    save_json(vars(cfg), folder / "config.json")
+    save(vars(cfg), folder / "config.json")
     images = sets[0].images
-    known = dict(shape=images.shape[1:], classes=sets[0].classes, span=sets[0].span,
+    known = dict(shape=images.shape[1:], classes=sets[0].classes,
                  images=fingerprint(images, sets[0].labels))
     torch.manual_seed(cfg.seed)                         # the same network whatever the prototypes
     model = cfg.build(known)
     known.update(model.begin(cfg, sets, folder, device))
     known["seconds"] = time.perf_counter() - start
-    log = dict(rows=[], seconds=0.0, skipped=0.0)
-    save_checkpoint(folder, 0, known, log, dict(model=model, average=model))
+    save_checkpoint(folder, 0, known, [], dict(model=model, average=model))
 
-def train_run(cfg, given, device, load=load_sets):
-    """Start or go on with a run, alone or as one of torchrun's processes -> folder, data sets."""
+def train_run(cfg, given, load_data=load_sets):
+    """Start or go on with a run, alone or as one of torchrun's processes -> its data sets. The
+    folder is given.resume."""
+    device = find_device(cfg.device)
     if WORLD > 1:                                       # the others wait while the first decodes
         backend = "nccl" if device.type == "cuda" else "gloo"
-        with explained("torchrun's processes do not find each other"):
-            dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))
+        dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))
     if RANK == 0:
-        sets = load(cfg)                                # faults show before a folder is made
-        given.folder = given.task[1] or new_folder(given.out or f"runs/{SCRIPT}-{cfg.dataset}")
-        progress(f"{given.folder}, on {device}", "\n")
-        if not (given.folder / "checkpoint.pt").exists():
-            new_run(cfg, sets, given.folder, device)
+        sets = load_data(cfg)                           # faults show before a folder is made
+        given.resume = given.resume or new_folder(given.out, f"runs/{SCRIPT}-{cfg.dataset}")
+        progress(f"{given.resume}, on {device}", "\n")
+        if not (given.resume / "checkpoint.pt").exists():
+            new_run(cfg, sets, given.resume, device)
     if WORLD > 1:
-        shared = [given.folder]
-        with explained("the first process has stopped"):
-            dist.broadcast_object_list(shared)
-        given.folder = shared[0]
+        shared = [given.resume]
+        dist.broadcast_object_list(shared)
+        given.resume = shared[0]
     if RANK > 0:
-        sets = load(cfg)
-    train(cfg, sets, given.folder, device)
+        sets = load_data(cfg)
+    train(cfg, sets, given.resume, device)
     if WORLD > 1:
         dist.destroy_process_group()
-    return given.folder, sets
+    return sets
 
 def finish_run(cfg, sets, folder):
     """Trains the latent model of a run that has come to its end, unless that is done -> load_run's.
@@ -1989,22 +1773,18 @@ def finish_run(cfg, sets, folder):
         run.model.latent = train_latent(s, cfg, run.device)
         run.known["latent_step"] = run.step
         run.known["figures"]["seconds_latent"] = time.perf_counter() - start
-        state = load_checkpoint(folder)
-        state.update(known=run.known, average=run.model.state_dict())
-        save_safely(state, folder / "checkpoint.pt")
+        run.state.update(known=run.known, average=run.model.state_dict())
+        save(run.state, folder / "checkpoint.pt")
     return run
 
 def sample_unconditional(cfg, run, folder):
     """Samples through the latent model -> uint8 [N, C, H, W], in samples.png and samples.npz.
     samples.npz: arr_0 uint8 [N, H, W, C], what the guided-diffusion evaluator reads; s [N, m]."""
-    check(run.known.get("latent_step") == run.step, "the run has not ended, and cannot draw "
-          "activations yet: --resume it first")
     s = draw_activations(cfg, run, cfg.num_samples)
     images = render(cfg, run, s)
     np.savez(folder / "samples.npz", arr_0=images.permute(0, 2, 3, 1), s=s)
     rows = [""] * min(10, math.ceil(len(images) / 10))
-    draw_grid(folder / "samples.png", images[:100], rows, f"{cfg.dataset}, unconditional, after "
-              f"{run.step} steps; {cfg.sample_steps} {cfg.sampler} steps, seed {cfg.seed}")
+    draw_grid(folder / "samples.png", images[:100], rows, f"unconditional, step {run.step}")
     return images
 
 def explain(cfg, run, sets, folder):
@@ -2076,7 +1856,7 @@ def explain_when(cfg, run, sets, images, folder):
     curves = switch_curves(cfg, run, sets)
     draw_when(folder / "when.png", times, course, order, emerged, curves)
     at = {j: times[min(emerged[j], len(times) - 1)] for j in order}
-    save_json(dict(emerged_at_t=at, switch=curves), folder / "explanation.json")
+    save(dict(emerged_at_t=at, switch=curves), folder / "explanation.json")
 
 def switch_curves(cfg, run, sets, pairs=100):
     """For ten traits, over pairs A, B that differ in it: t of the switch, share of B's."""
@@ -2137,7 +1917,6 @@ def prototype_figures(cfg, run, images):
     error = (reconstruct(cfg, run, some).float() - some.float()).abs().mean() / 127.5
     return dict(reconstruction_error=error.item(), live=int(live.sum()), dead=int(dead.sum()),
                 duplicates=int((~live & ~dead).sum()),
-                correlation=decorrelation_loss(s_all).sqrt().item(),
                 raised=raised_share(cfg, run, s_all, some, True),
                 raised_alone=raised_share(cfg, run, s_all, some, False))
 
@@ -2145,50 +1924,42 @@ def evaluate_patronus(cfg, run, sets, folder):
     """Samples, the diagnosis and metrics.json of a finished run, in `folder`."""
     data = sets[1]
     known, names = traits(data)
-    figures = {}
-    try:
-        start = time.perf_counter()
-        samples = sample_unconditional(cfg, run, folder)
-        figures["seconds_sampling"] = time.perf_counter() - start
-        measured, told = measure_traits(cfg, run, sets, folder)
-        figures.update(measured, **prototype_figures(cfg, run, data.images))
-        if names:
-            judge = load_trait_judge(cfg, sets[0], run.device)
-            index = shuffled(len(data.images), cfg.num_samples, cfg.seed, "held-out images")
-            real = kept_traits(judge, data.images[index], judged(data)[0][index], names, run.device)
-            figures.update({f"real_{name}": x for name, x in real.items()})
-            figures["unconditional_frechet"] = judge_traits(judge, samples, run.device)[1]
-            s = activations(run, data.images)
-            auc = logistic_aurocs(s, known)
-            tad, captured = disentanglement(s, known)
-            figures.update(**named("auroc", names, auc), auroc=auc.nanmean().item(), tad=tad,
-                           tad_traits=captured)
-        figures.update(inception_metrics(cfg, told, sets[0].images, run.device))
-        drawn = inception_metrics(cfg, samples, sets[0].images, run.device)
-        figures.update({f"unconditional_{name}": x for name, x in drawn.items()})
-    finally:                                            # whatever fails, keep what was measured
-        write_metrics(cfg, run, figures, folder)
+    samples = sample_unconditional(cfg, run, folder)
+    figures, told = measure_traits(cfg, run, sets, folder)
+    figures.update(prototype_figures(cfg, run, data.images))
+    if names:
+        judge = load_trait_judge(cfg, sets[0], run.device)
+        index = shuffled(len(data.images), cfg.num_samples, cfg.seed, "held-out images")
+        real = kept_traits(judge, data.images[index], judged(data)[0][index], names, run.device)
+        figures.update({f"real_{name}": x for name, x in real.items()})
+        figures["unconditional_frechet"] = judge_traits(judge, samples, run.device)[1]
+        s = activations(run, data.images)
+        auc = logistic_aurocs(s, known)
+        tad, captured = disentanglement(s, known)
+        figures.update(**named("auroc", names, auc), auroc=auc.nanmean().item(), tad=tad,
+                       tad_traits=captured)
+    figures.update(inception_metrics(cfg, told, sets[0].images, run.device))
+    drawn = inception_metrics(cfg, samples, sets[0].images, run.device)
+    figures.update({f"unconditional_{name}": x for name, x in drawn.items()})
+    write_metrics(cfg, run, figures, folder)
 
 def edit_image(cfg, run, given, folder):
     """--edit: an image with some activations set -> edit.png, and edited.png alone."""
-    with explained(f"--set: give, like 12=2.5,40=0, prototypes 0 to {cfg.num_prototypes - 1}"):
-        pairs = [word.split("=") for word in given.set.split(",")]
-        chosen = [range(cfg.num_prototypes).index(int(j)) for j, _ in pairs]
-        values = torch.tensor([[float(value) for _, value in pairs]])
-        check(values.isfinite().all(), "a value is not a number")
-    image = decode(Path(given.edit), cfg.image_size, run.known.get("span"))
-    image = image[None, :run.known["shape"][0]]
+    pairs = [word.split("=") for word in given.set.split(",")]
+    chosen = [int(j) for j, _ in pairs]
+    values = torch.tensor([[float(value) for _, value in pairs]])
+    mode = "RGB" if run.known["shape"][0] == 3 else "L"
+    image = decode(given.edit, cfg.image_size, mode)[None]
     s, xT = invert_images(cfg, run, image, given.level)
-    wanted = set_activations(s, chosen, values)
-    told = torch.cat([s, wanted])
+    told = torch.cat([s, set_activations(s, chosen, values)])
     images = render(cfg, run, told, xT.repeat(2, 1, 1, 1), level=given.level)
     now = activations(run, images)[1]
-    told = "\n".join(f"s_{j}: {s[0, j]:.2f}, set to {x:.2f}, now {now[j]:.2f}"
-                     for j, x in zip(chosen, values[0]))
+    title = "\n".join(f"s_{j}: {s[0, j]:.2f}, set to {x:.2f}, now {now[j]:.2f}"
+                      for j, x in zip(chosen, values[0]))
     rows = ["the image", "reconstruction", "edited"]
-    draw_grid(folder / "edit.png", torch.cat([image, images]), rows, told)
+    draw_grid(folder / "edit.png", torch.cat([image, images]), rows, title)
     torchvision.utils.save_image(images[1] / 255, folder / "edited.png")
-    print(f"{told}\n{folder}")
+    print(f"{title}\n{folder}")
 
 def write_metrics(cfg, run, figures, folder):
     """metrics.json: figures, also printed, with settings, machine and log; and curves.png."""
@@ -2196,14 +1967,11 @@ def write_metrics(cfg, run, figures, folder):
     if run.device.type == "cuda":
         machine = torch.cuda.get_device_name(run.device)
     figures.update(run.known["figures"], seconds_before=run.known["seconds"],
-                   seconds_training=run.log["seconds"],
-                   parameters=sum(p.numel() for p in run.model.parameters()))
+                   seconds=run.log[-1]["seconds"])
     metrics = dict(script=SCRIPT, step=run.step, machine=machine, torch=torch.__version__,
-                   classes=run.known["classes"], settings=vars(cfg), log=run.log["rows"], **figures)
-    save_json(metrics, folder / "metrics.json")
-    if run.log["rows"]:
-        names = [n for n in run.log["rows"][-1] if n not in ("step", "seconds", "lr", "skipped")]
-        draw_curves(folder / "curves.png", {folder.name: [metrics]}, names)
+                   classes=run.known["classes"], settings=vars(cfg), log=run.log, **figures)
+    save(metrics, folder / "metrics.json")
+    draw_curves(folder / "curves.png", {folder.name: [metrics]})
     for name, value in figures.items():
         print(f"  {name:40} {value:,.4g}")
     print(f"{folder}: {cfg.num_samples} samples, on {machine}; frechet is no FID")
@@ -2211,181 +1979,185 @@ def write_metrics(cfg, run, figures, folder):
 # Student's t at 97.5 % for 1 to 9 degrees of freedom; the last serves for more, on the safe side.
 T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
-def mean_interval(values):
-    """Mean of n values, and half its 95 % interval by Student's t; NaN for one value."""
-    n = len(values)
-    if n == 1:
-        return values[0], math.nan
-    return np.mean(values), T_95[min(n - 2, 8)] * np.std(values, ddof=1) / math.sqrt(n)
-
 def compare(folders, out):
     """Finished runs: a table of all figures, printed and in comparison.csv; and comparison.png.
-    Runs that differ only in their seed are a group, named by the settings in which groups
-    differ."""
-    runs = []
-    for folder in folders:
-        run = read_json(Path(folder, "metrics.json"))
-        trained = run.get("script") == SCRIPT and run.get("log")
-        check(trained, f"{folder} is not a trained run of this version of {SCRIPT}.py")
-        runs.append(run)
+    Runs that differ only in their seed are a group, named by the settings in which groups differ,
+    with mean and half of the 95 % interval. A folder that is a comparison itself is passed over."""
+    runs = [load(folder / "metrics.json") for folder in dict.fromkeys(map(Path.resolve, folders))
+            if not (folder / "comparison.csv").exists()]
+    check(runs and all(run["settings"].keys() == vars(Config()).keys() for run in runs),
+          "compare runs of this script in this version")
     differ = [name for name, value in runs[0]["settings"].items()
-              if name not in ("seed", "data_dir", "device", "save_every", "eval_every")
-              and any(run["settings"].get(name) != value for run in runs)]
+              if name != "seed" and any(run["settings"][name] != value for run in runs)]
     groups = {}
     for run in runs:
-        group = ", ".join(f"{name} {run['settings'].get(name)}" for name in differ)
+        group = ", ".join(f"{name} {run['settings'][name]}" for name in differ)
         groups.setdefault(group or "all runs", []).append(run)
     table = []
     for figure in dict.fromkeys(name for run in runs for name in run
                                 if isinstance(run[name], (int, float))):
         for group, members in groups.items():
-            mean, half = mean_interval([run.get(figure, math.nan) for run in members])
-            table.append(dict(figure=figure, group=group, runs=len(members), mean=mean, half=half))
-            print(f"{figure:20} {group:40} {mean:12,.5g} +- {half:.2g} ({len(members)})")
-    folder = new_folder(out or "runs/comparison")
+            values = np.array([run.get(figure) for run in members], float)          # None is NaN
+            n = len(values)
+            half = T_95[min(n - 2, 8)] * values.std(ddof=1) / n ** 0.5 if n > 1 else math.nan
+            table.append(dict(figure=figure, group=group, runs=n, mean=values.mean(), half=half))
+            print(f"{figure:20} {group:40} {values.mean():12,.5g} +- {half:.2g} ({n})")
+    folder = new_folder(out, "runs/comparison")
     write_csv(folder / "comparison.csv", table)
-    measured = [name for name in runs[0]["log"][-1] if name in runs[0] and name != "step"]
-    draw_curves(folder / "comparison.png", groups, ["loss", *measured])
+    draw_curves(folder / "comparison.png", groups)
     print(f"{folder}: mean, half of the 95 % interval, and number of runs")
 
 # ---- Command line --------------------------------------------------------------------------------
 
-def settings_parser(*tasks):
-    """A parser with a flag for every setting, and for tasks, each with an earlier run's folder."""
-    helps = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(Config), re.MULTILINE))
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+def user_path(text):
+    """A path of the command line, in which ~ is the home folder."""
+    return Path(text).expanduser()
+
+def settings_parser():
+    """A parser with a flag for every setting, and for the tasks, each with an earlier run."""
+    source = Path(__file__).read_text(encoding="utf-8")         # python -OO drops docstrings
+    helps = dict(re.findall(r"^    (\w+): .*?# (.+)$", source, re.MULTILINE))
+    parser = argparse.ArgumentParser(description=source.split("\n")[0][3:], allow_abbrev=False)
     for f in dataclasses.fields(Config):
         options = dict(type=type(f.default), choices=get_args(f.type) or None)
         if f.type is bool:
             options = dict(action=argparse.BooleanOptionalAction)
-        parser.add_argument(f"--{f.name.replace('_', '-')}", default=argparse.SUPPRESS,
-                            help=f"{helps.get(f.name)} [{f.default}]", **options)
-    parser.add_argument("--out", help="folder for what is made; nothing is written over")
-    group = parser.add_mutually_exclusive_group()
-    for task in tasks:
-        group.add_argument(f"--{task}", dest="task", metavar="RUN", help=f"{task} an earlier run",
-                           type=lambda folder, task=task: (task, Path(folder)))
-    group.add_argument("--compare", metavar="RUN", nargs="+", help="a table of finished runs")
-    parser.set_defaults(task=("train", None), folder=None)
+        parser.add_argument("--" + f.name.replace("_", "-"), **options,
+                            help=f"{helps[f.name]} [{f.default}]")
+    parser.add_argument("--out", type=user_path, help="a new folder for what is made")
+    tasks = parser.add_mutually_exclusive_group()
+    for task in Config.TASKS:
+        tasks.add_argument(f"--{task}", metavar="RUN", type=user_path,
+                           help=f"{task} an earlier run")
+    tasks.add_argument("--compare", metavar="RUN", type=user_path, nargs="+",
+                       help="a table of finished runs")
     return parser
 
-def read_settings(given):
-    """Defaults, the data set's preset, an earlier run's settings, the flags, each over the former.
-    Raises Stop for impossible values. Whole numbers with a default above 0 must be at least 1."""
-    defaults = vars(Config())
-    names = [*defaults]
-    flags = {name: value for name, value in vars(given).items() if name in defaults}
-    task, earlier = given.task
-    check(WORLD == 1 or task in ("train", "resume"), f"--{task} works in one process")
-    check(RANK < WORLD and (WORLD > 1 or TORCHRUN in ([None, None], ["0", "1"])), "RANK and "
-          f"WORLD_SIZE are {TORCHRUN} and not as torchrun sets them: unset them, or use torchrun")
-    saved = read_json(earlier / "config.json") if earlier else {}
-    with explained(f"{earlier} is of another version of this script"):
-        preset = Config.PRESETS[{**defaults, **saved, **flags}["dataset"]]
-        cfg = Config(**{**preset, **saved, **flags})
-    cfg.data_dir = os.path.abspath(cfg.data_dir)        # where the run goes on may be elsewhere
-    for name, value in vars(cfg).items():
-        flag = f"--{name.replace('_', '-')} {value}"
-        if not isinstance(value, str):
-            least = min(1, defaults[name]) if type(value) is int and name != "attention" else 0
-            check(value >= least, f"{flag} must be at least {least}")
-        if saved and names.index(name) < names.index("steps") and name != "data_dir":
-            wanted = saved.get(name)
-            check(value == wanted, f"{flag}: the run has {wanted}, start a new one")
+def without_effect(given, names, where):
+    """Raises Stop if one of these flags was given: it has no effect there."""
+    for name in names:
+        check(getattr(given, name) is None, f"{name} has no effect {where}")
+
+def check_settings(cfg):
+    """Raises Stop for impossible values -> cfg. A default above 0 of whole numbers means >= 1."""
+    for f in dataclasses.fields(Config):
+        value = getattr(cfg, f.name)
+        kind = (int, float) if f.type is float else type(f.default)
+        fits = isinstance(value, kind) and value in (get_args(f.type) or [value])
+        least = f.type is int and f.default > 0
+        most = 1 if f.name in ("dropout", "warmup", "null_prob", "hide", "bias") else 2 ** 63 - 1
+        check(fits and (kind is str or least <= value <= most), f"{f.name} cannot be {value}")
     check(re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", cfg.multipliers) and cfg.channels % 4 == 0
           and cfg.image_size % 2 ** cfg.multipliers.count(",") == 0, "give --multipliers like "
           "1,2,2,2, --image-size divisible by 2 at every comma, --channels divisible by 4")
-    check(cfg.batch_size % (WORLD * cfg.accumulate) == 0,
-          "--batch-size does not divide by the processes times the passes (--accumulate)")
-    alpha_bars(cfg.timesteps)                           # raises Stop if they are too few
+    check(cfg.batch_size % WORLD == 0, "--batch-size does not divide by the number of processes")
     check(cfg.sample_steps <= cfg.timesteps, "--sample-steps cannot be more than --timesteps")
-    for name in ("dropout", "warmup", "null_prob", "hide", "bias", "emphasis"):
-        check(getattr(cfg, name, 0) <= 1, f"--{name.replace('_', '-')} cannot be more than 1")
+    alpha_bars(cfg.timesteps)                           # raises Stop if they are too few
     return cfg
 
-def exit_status(task, given):
-    """Run task(given) -> 0; 2 after one sentence for what a person can put right; 130 for Ctrl-C,
-    143 for SIGTERM."""
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(AttributeError):       # a notebook's
-            stream.reconfigure(errors="backslashreplace")
-    try:
-        with on_signals(interrupt):
-            task(given)
-            print(end="", flush=True)
-        return 0
-    except KeyboardInterrupt as stop:
-        advice = ""
-        if given.folder:
-            command = ["python", __file__, "--resume", given.folder.as_posix()]
-            advice = f"; go on with: {shlex.join(command)}"
-        print(f"\ninterrupted{advice}", file=sys.stderr)
-        return 128 + (stop.args or [signal.SIGINT])[0]
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        fault = "stopped, for what should read the output (| head) has ended"
-    except Stop as error:
-        fault = error
-    except OSError as error:
-        fault = reason(error)
-    except (RuntimeError, MemoryError) as error:
-        module = type(error).__module__
-        fault = "memory ran out: lower --batch-size, --sample-batch or raise --accumulate"
-        if RANK > 0:
-            fault = f"stopped with another process ({reason(error)})"
-        elif module.startswith(("torch._inductor", "torch._dynamo")):
-            fault = f"leave out --compile, which does not work here ({reason(error)})"
-        elif isinstance(error, RuntimeError) and "allocate" not in str(error):
-            raise
-    with contextlib.suppress(BrokenPipeError):
-        print(f"\n{SCRIPT}: {fault}", file=sys.stderr)
-    return 2
+def read_config(folder):
+    """The settings of a run. Raises Stop if they are impossible, or of another script."""
+    saved = load(folder / "config.json")
+    check(saved.keys() == vars(Config()).keys(), f"{folder} is a run of another script or version")
+    return check_settings(Config(**saved))
+
+def read_settings(given):
+    """Defaults, the data set's preset, an earlier run's settings, the flags, each over the former
+    -> cfg, the task, the earlier run's folder. Raises Stop for impossible values, and for flags
+    that the task has no use for."""
+    names = [*vars(Config())]
+    task = ([name for name in Config.TASKS if getattr(given, name)] or ["train"])[0]
+    folder = getattr(given, task, None)
+    saved = vars(read_config(folder)) if folder else Config.PRESETS[given.dataset or "shapes"]
+    flags = {name: getattr(given, name) for name in names if getattr(given, name) is not None}
+    cfg = check_settings(Config(**{**saved, **flags}))
+    cfg.data_dir = os.path.abspath(user_path(cfg.data_dir))     # the run may go on elsewhere
+    cfg.inception = str(user_path(cfg.inception))
+    fixed = names[:names.index(Config.TASKS[task])] if folder else []
+    for name in fixed:
+        check(getattr(cfg, name) == saved[name],
+              f"--{task} cannot change {name}, which is {saved[name]} in this run")
+    if task == "resume":
+        without_effect(given, ["out"], "with --resume, which goes on in the run's folder")
+    if cfg.dataset in FINE:
+        without_effect(given, ["data_dir"], "with shapes, which are made in memory")
+    if "inception" not in fixed:
+        load_inception(cfg.inception)                   # a fault shows before the work
+    return cfg, task, folder
+
+def check_edit(cfg, given):
+    """Raises Stop if --edit, --set or --from are not as they must be."""
+    check(given.edit and re.fullmatch(r"\d+=-?\d*\.?\d+(,\d+=-?\d*\.?\d+)*", given.set or ""),
+          "give --edit image.png --model runs/NAME --set 12=2.5,40=0")
+    for j in re.findall(r"(\d+)=", given.set):
+        check(int(j) < cfg.num_prototypes, f"there are prototypes 0 to {cfg.num_prototypes - 1}")
+    check(given.level is None or 1 <= given.level <= cfg.timesteps, "--from: 1 to --timesteps")
 
 def patronus(given):
     """Do what the command line asks for."""
+    own = ["edit", "level", "set"]
     if given.compare:
+        without_effect(given, [*vars(Config()), *own], "with --compare")
         return compare(given.compare, given.out)
-    cfg = read_settings(given)
+    cfg, task, folder = read_settings(given)
+    if task == "model":
+        check_edit(cfg, given)
+    else:
+        without_effect(given, own, "without --model")
     check(cfg.image_size >= 16 and cfg.num_prototypes >= 6 and cfg.invert_steps <= cfg.timesteps,
           "--image-size must be 16 or more, --num-prototypes 6, --invert-steps at most --timesteps")
-    check(given.level is None or 1 <= given.level <= cfg.timesteps, "--from: 1 to --timesteps")
     check(cfg.patch <= cfg.image_size and cfg.global_prototypes <= 1,
           "--patch must be at most --image-size, --global-prototypes at most 1")
     check(cfg.latent_timesteps >= 21 and cfg.latent_width % 2 == 0,
           "--latent-timesteps must be 21 or more, and --latent-width even")
-    task, folder = given.task
-    check((task == "model") == bool(given.edit),
-          "--edit image.png, --model runs/NAME and --set 12=2.5 belong together")
     if task in ("train", "resume"):
-        folder, sets = train_run(cfg, given, find_device(cfg.device), load_traits)
+        sets = train_run(cfg, given, load_traits)
         if RANK == 0:
-            run = finish_run(cfg, sets, folder)
-            evaluate_patronus(cfg, run, sets, folder)
-            explain(cfg, run, sets, folder)
+            run = finish_run(cfg, sets, given.resume)
+            evaluate_patronus(cfg, run, sets, given.resume)
+            explain(cfg, run, sets, given.resume)
         return
     run = load_run(folder, cfg.device)
-    out = new_folder(given.out or folder / task.replace("model", "edit"))
+    check(run.known.get("latent_step") == run.step, f"{folder} has not ended: --resume it first")
+    out = new_folder(given.out, folder / task.replace("model", "edit"))
     if task == "model":
-        return edit_image(cfg, run, given, out)
-    if task == "sample":
-        return sample_unconditional(cfg, run, out)
-    sets = load_traits(cfg)
-    if task == "explain":
-        explain(cfg, run, sets, out)
-    elif task == "evaluate":
-        evaluate_patronus(cfg, run, sets, out)
+        edit_image(cfg, run, given, out)
+    elif task == "sample":
+        sample_unconditional(cfg, run, out)
     else:
-        check(watched_traits(cfg, sets[1]), "no two traits of the held-out images vary")
-        write_metrics(cfg, run, measure_traits(cfg, run, sets, out)[0], out)
+        sets = load_traits(cfg)
+        if task == "explain":
+            explain(cfg, run, sets, out)
+        elif task == "evaluate":
+            evaluate_patronus(cfg, run, sets, out)
+        else:
+            check(watched_traits(cfg, sets[1]), "no two traits of the held-out images vary")
+            write_metrics(cfg, run, measure_traits(cfg, run, sets, out)[0], out)
 
 def main(argv=None):
-    """The command line. Returns the exit status, see exit_status."""
-    parser = settings_parser("resume", "sample", "evaluate", "explain", "diagnose", "model")
-    parser.add_argument("--edit", metavar="IMAGE", help="image to edit by the run --model")
+    """The command line. Returns the exit status: 2 after one sentence for what a person can put
+    right, 130 after Ctrl-C. A fault of this program shows its traceback."""
+    parser = settings_parser()
+    parser.add_argument("--edit", metavar="IMAGE", type=user_path, help="edit it by --model RUN")
     parser.add_argument("--from", type=int, dest="level", help="--edit: up to which noise level to "
                         "go, less than all saves time; see the switch in when.png")
-    parser.add_argument("--set", default="", help="--edit: activations to set, like 12=2.5,40=0")
-    return exit_status(patronus, parser.parse_args(argv))
+    parser.add_argument("--set", help="--edit: activations to set, like 12=2.5,40=0")
+    given = parser.parse_args(argv)
+    try:
+        patronus(given)
+        return 0
+    except KeyboardInterrupt:
+        advice = f'; go on with: python {__file__} --resume "{given.resume}"'
+        print(f"\ninterrupted{advice * bool(given.resume)}", file=sys.stderr)
+        return 130
+    except (Stop, OSError) as error:
+        fault = error
+    except (RuntimeError, MemoryError) as error:
+        if "allocate" not in str(error):
+            raise
+        fault = "memory ran out: lower --batch-size, --sample-batch or --image-size"
+    print(f"\n{SCRIPT}: {fault}", file=sys.stderr)
+    return 2
 
 if __name__ == "__main__":
     sys.exit(main())
