@@ -19,14 +19,12 @@ prototypes see the whole image, and an MLP draws a sketch from s, beside which x
 To make new images, a second diffusion model draws s.
 
     python patronus.py                              # shapes: train, explain, measure
-    python patronus.py --bias 0.95 --sketch 0   # plants a correlation, to be found
+    python patronus.py --bias 0.95 --sketch 0       # plants a correlation, to be found
     python patronus.py --edit image.png --model runs/NAME --set 12=2.5      # s_12 becomes 2.5
 
-Comments marked "choice:" say where the paper is silent or we differ; "# exercise" marks functions
-to write again from their docstrings. To change what a patch is, look at patch_encoder; how
-prototypes answer, at activation; how s enters, at Patronus.denoise; the losses, at
-Patronus.forward; how images are edited, at set_activations; the optimiser, at train.
-"""
+"choice:" marks where the paper is silent or we differ, "# exercise" functions to write again from
+their docstrings. To change what a patch is, look at patch_encoder; how prototypes answer, at
+activation; how s enters, at Patronus.denoise; how images are edited, at set_activations."""
 import argparse
 import contextlib
 import copy
@@ -254,9 +252,8 @@ class Patronus(nn.Module):
 
     def draw(self, s):
         """The sketch: what an MLP draws from s [B, m] alone, in 16x16 pixels -> [B, C, H, W].
-        choice: the paper adds an MLP of s to the embedding of t, the same for every pixel. Told so,
-        the denoiser keeps colours, and neither place nor form. A sketch says what is where; and its
-        loss teaches s what the noise loss hardly asks for, since xt shows it at most levels."""
+        choice: told s by the embedding of t alone, as in the paper, the denoiser keeps colours, and
+        neither place nor form. A sketch says what is where; and its loss teaches s more."""
         return self.sketch((s - self.mean) / self.std)
 
     def denoise(self, xt, t, s):
@@ -294,8 +291,8 @@ class Patronus(nn.Module):
     def begin(self, cfg, sets, folder, device):
         """Start encoder and prototypes from real images -> what the run must remember, as a dict.
         choice: give every channel of the encoder mean 0 and std 1, and the features total variance
-        1, then take real ones by k-means++ as prototypes; set mean, std of s. With the paper's
-        start, squared distances are in the thousands, where `activation` is flat and near 0."""
+        1, then take real ones by k-means++ as prototypes; set mean, std of s. At the paper's start
+        distances are such that `activation` is flat and near 0."""
         images = sets[0].images                         # of the training set
         known = dict(targets=torch.zeros(len(images), dtype=torch.int64), figures={})   # train asks
         if cfg.start == "uniform":
@@ -315,15 +312,13 @@ class Patronus(nn.Module):
         return known
 
     def quality(self, cfg, run, sets):
-        """What --eval-every logs, of known traits: leak, and the distance by the judge -> a dict,
-        and the images that it is of."""
+        """Images told s of held-out ones -> what --eval-every logs of them, and they."""
         figures, told = measure_traits(cfg, run, sets)
         return {name: figures[name] for name in ("frechet", "leak") if name in figures}, told
 
 class LatentModel(nn.Module):
     """Noise predictor for standardised activations as images, [B, m, 1, 1], t [B] -> [B, m, 1, 1].
-    choice: an MLP, since the order of prototypes has no locality for the paper's 1-D convolutions.
-    mean, std [m]: of the s that it is trained on."""
+    choice: an MLP, as prototypes have no order for the paper's convolutions. mean, std: of s."""
     def __init__(self, cfg):
         super().__init__()
         m = cfg.num_prototypes
@@ -382,9 +377,8 @@ def draw_activations(cfg, run, n):
 # ---- Diffusion: process, loss, samplers; all in float32 but the network ----------------
 
 def alpha_bars(T):
-    """abar [T], float32: the cumulative product of 1 - beta (DDPM, section 4).
-    Betas are linear from 1e-4 to 0.02 at T = 1000; for another T they are scaled by 1000 / T, which
-    keeps the course of abar. Raises Stop if a beta would reach 1."""
+    """abar [T], float32: the cumulative product of 1 - beta (DDPM, section 4). Betas are linear,
+    1e-4 to 0.02, times 1000 / T, which keeps the course of abar. Raises Stop if one reaches 1."""
     betas = torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * 1000 / T
     check(betas.max() < 1, "there are too few noise levels, a beta would reach 1: take 21 or more")
     return (1 - betas).cumprod(0).float()
@@ -537,9 +531,8 @@ class Stage(nn.ModuleList):
         return x
 
 class UNet(nn.Module):
-    """Noise predictor: x [B, C, S, S], t [B] in 0..T-1, condition [B, emb_dim] -> [B, C, S, S].
-    The condition is added to the time embedding, which every residual block reads. before_middle
-    is applied to the features [B, c, s, s]. The output starts at zero."""
+    """Noise predictor: x [B, C, S, S], t [B] in 0..T-1, condition [B, emb_dim] -> [B, C, S, S]. The
+    condition is added to the time embedding. before_middle: of features. The output starts at 0."""
     def __init__(self, image_channels, cfg):
         super().__init__()
         c = cfg.channels                                # of the features so far
@@ -594,9 +587,8 @@ class Batch(NamedTuple):
     chance: torch.Tensor            # uniform in 0..1, [B]: says if a condition is hidden
 
 def random_batch(cfg, images, targets, step, device):
-    """The Batch of a step, of which each process takes its share. All draws follow from the seed
-    and the step: so no random state is saved, and only the model's own draws and batch statistics
-    depend on the number of processes."""
+    """The share of a step's Batch that is this process's. All draws follow from the seed and the
+    step, so no random state is saved; only the model's own depend on the number of processes."""
     B = cfg.batch_size
     gen = torch.Generator(device).manual_seed(seed_of(cfg.seed, "noise", step))
     t = torch.randint(cfg.timesteps, (B,), generator=gen, device=device)
@@ -626,10 +618,8 @@ def update_average(average, model, n):
         a.copy_(a.lerp(m, 1 - decay) if a.is_floating_point() else m)
 
 def train(cfg, sets, folder, device):
-    """Go on from the checkpoint in `folder` to step cfg.steps; that of a new run is of step 0.
-    Leaves checkpoint.pt and log.csv, whose seconds are those of the run without measuring. It may
-    be stopped at any moment, for all that is random follows from the seed and the step. Raises Stop
-    if the images changed or training diverges."""
+    """Go on from the checkpoint in `folder` (a new run's is of step 0) to step cfg.steps. It may be
+    stopped at any moment. Raises Stop if the images have changed, or if the training diverges."""
     run = load_run(folder, device)                      # its model is the moving average
     known = run.known
     check(cfg.dataset in FINE or known["images"] == fingerprint(sets[0].images, sets[0].labels),
@@ -704,17 +694,10 @@ def predictor(cfg, run, s, denoise=None):
             return (denoise or run.model.denoise)(x, t, s).float()
     return predict
 
-def levels_below(cfg, level=None):
-    """abar of the noise levels t < level (of all, without one), and steps of inversion for them."""
-    abar = alpha_bars(cfg.timesteps)[:level]
-    return abar, math.ceil(cfg.invert_steps * len(abar) / cfg.timesteps)
-
-def render(cfg, run, s, xT=None, denoise=None, level=None):
-    """Activations s [N, m] -> images uint8 [N, C, H, W]. Without xT: from random noise of cfg.seed,
-    by cfg.sampler. With inverted noise xT [N, C, H, W], which may be of a `level`: by ddim in
-    cfg.invert_steps, not clipped. denoise(x, t, s) replaces the model's. Raises Stop if the images
-    are not finite."""
-    abar, steps = levels_below(cfg, level)
+def render(cfg, run, s, xT=None, denoise=None):
+    """Activations s [N, m] -> images uint8 [N, C, H, W]: from random noise by cfg.sampler, or from
+    inverted noise xT by ddim, not clipped. denoise(x, t, s) replaces the model's."""
+    abar = alpha_bars(cfg.timesteps)
     gen = torch.Generator(run.device)
     images = []
     for i, part in enumerate(s.to(run.device).split(cfg.sample_batch)):
@@ -725,21 +708,20 @@ def render(cfg, run, s, xT=None, denoise=None, level=None):
             x = sample(predict, x, abar, cfg.sample_steps, cfg.sampler, generator=gen)
         else:
             x = xT.split(cfg.sample_batch)[i].to(run.device)
-            x = sample(predict, x, abar, steps, "ddim", clip=False)
+            x = sample(predict, x, abar, cfg.invert_steps, "ddim", clip=False)
         check(x.isfinite().all(), "images are no numbers: use --amp off, or train at a lower --lr")
         images.append(to_uint8(x))
     return torch.cat(images)
 
-def invert_images(cfg, run, images, level=None):
-    """Images -> their s [N, m], and the noise xT [N, C, H, W] that leads back to them; given a
-    level, the image with the noise of that level alone."""
+def invert_images(cfg, run, images):
+    """Images -> their s [N, m], and the noise xT [N, C, H, W] that leads back to them."""
     s = activations(run, images)
-    abar, steps = levels_below(cfg, level)
+    abar = alpha_bars(cfg.timesteps)
     noise = []
     for part in torch.arange(len(images)).split(cfg.sample_batch):
         predict = predictor(cfg, run, s[part].to(run.device))
         x0 = scaled(images, part, run.device)
-        noise.append(invert(predict, x0, abar, steps).cpu())
+        noise.append(invert(predict, x0, abar, cfg.invert_steps).cpu())
     return s, torch.cat(noise)
 
 def reconstruct(cfg, run, images):
@@ -799,8 +781,7 @@ def raise_prototypes(cfg, run, images, chosen, s_all, follow=True):
     return edited.unflatten(0, (len(rows), -1)), again.unflatten(0, (len(rows), -1))
 
 def emergence(cfg, run, s, steps=50):
-    """When: the x0 predicted at each ddim step from random noise, given s [N, m] -> noise levels t
-    [steps], images [steps, N, C, H, W]."""
+    """When: x0 as predicted at each ddim step from noise -> t [steps], [steps, N, C, H, W]."""
     abar = alpha_bars(cfg.timesteps)
     times = []
     predicted = []
@@ -836,9 +817,9 @@ def choose_movers(s, known, a, b, n=3):
 def diagnose(cfg, run, judge, data, most=300):
     """Does cfg.attribute drag cfg.watch along? On held-out data -> figures, and what to look at.
     The movers are set to their mean over images of the opposite class of the attribute; the other
-    activations go by `company` of all held-out images. In shapes the traits are independent,
-    so what ties them is the model. Before and after share their random noise. leak: mean change of
-    P(watch) / that of P(attribute), negated where it was there; 95 % bootstrap interval."""
+    activations go by `company` of all held-out images. Before and after share their random noise.
+    leak: mean change of P(watch) / that of P(attribute), negated where it was there; with its 95 %
+    bootstrap interval."""
     a, b = watched_traits(cfg, data)
     known, _ = traits(data)
     s = activations(run, data.images)
@@ -884,9 +865,9 @@ SHAPE_SPLITS = {"train": (20_000, 0), "test": (4_000, 1), "judge": (20_000, 12)}
 
 @dataclasses.dataclass
 class Dataset:
-    """images uint8 [N, C, H, W]; labels int64 [N] or None; attributes bool [N, A] or None."""
+    """images uint8 [N, C, H, W]; labels int64 [N], 0 without classes; attributes bool [N, A]."""
     images: torch.Tensor
-    labels: torch.Tensor | None
+    labels: torch.Tensor
     classes: list
     attributes: torch.Tensor | None = None
     attribute_names: tuple = ()
@@ -962,8 +943,7 @@ def open_cifar10(root, train):
 
 def open_fashion_mnist(root, train):
     """Padded from 28 to 32 pixels."""
-    pad = torchvision.transforms.Pad(2)
-    data = torchvision.datasets.FashionMNIST(root, train, transform=pad, download=True)
+    data = torchvision.datasets.FashionMNIST(root, train, transform=v2.Pad(2), download=True)
     return data, data.classes
 
 def open_celeba_files(root, train):
@@ -974,8 +954,8 @@ def open_celeba_files(root, train):
     return [(Path(root, "celeba", "img_align_celeba", name), 0) for name in data.filename], []
 
 def split_off(items, train):
-    """A fixed random split of what comes without one, items (image, label): a tenth of each class
-    is held out, the second of every ten, and so none of a class of one image."""
+    """A fixed random split of items (image, label): of each class a tenth is held out, the second
+    of every ten, so none of a single one."""
     seen = Counter()
     chosen = []
     for i in some_of(len(items)).tolist():
@@ -997,9 +977,8 @@ LAYOUT = ("wanted are <class>/*.png, or train/<class>/*.png with or without test
           "without classes, *.png or train/*.png; all images at one depth, UTF-8 names of folders")
 
 def open_folder(root, train):
-    """A folder of images, see LAYOUT -> items (file, label), names of classes. What is in test/ or
-    val/ is held out; without them a tenth is. Hidden files and those of systems are skipped, links
-    are followed. Raises Stop for a folder of another layout."""
+    """A folder of images as in LAYOUT -> items (file, label), names of classes. What is in test/ or
+    val/ is held out, or else a tenth. Hidden files are skipped, links are followed."""
     files = [file for file in sorted(map(Path, glob.glob("**/*", root_dir=root, recursive=True)))
              if file.suffix.lower() in ENDINGS and not SERVICE & {*file.parts}]
     check(files, f"there are no images in {root}: {LAYOUT}")
@@ -1041,8 +1020,7 @@ def decode(image, size, mode="RGB"):
     return torchvision.transforms.functional.pil_to_tensor(image)
 
 def decode_all(items, size):
-    """Items (image or file, label) -> uint8 images [N, 3, size, size], labels [N]. Raises Stop that
-    names all images that cannot be read."""
+    """Items (image or file, label) -> uint8 [N, 3, size, size], labels. Stop names bad files."""
     images = torch.empty(len(items), 3, size, size, dtype=torch.uint8)
     labels = torch.empty(len(items), dtype=torch.int64)
     faults = []
@@ -1060,8 +1038,7 @@ def decode_all(items, size):
 
 def load_dataset(name, split="train", image_size=None, data_dir="data"):
     """A data set in memory, decoded once and cached beside the data in prototype-*.pt -> Dataset.
-    name: a key of Config.PRESETS; split: train or test; image_size: pixels (None: the preset's).
-    Raises Stop for an unknown name, missing data, no network, a folder of another layout."""
+    name: a key of Config.PRESETS; split: train or test; image_size: pixels (None: the preset's)."""
     check(name in Config.PRESETS and split in SHAPE_SPLITS, f"there is no {split} of {name}")
     size = image_size or Config.PRESETS[name].get("image_size", Config.image_size)
     if name in FINE:
@@ -1078,15 +1055,14 @@ def load_dataset(name, split="train", image_size=None, data_dir="data"):
                 for file, _ in items]
     path = root / f"prototype-{name}-{split}-{size}.pt"
     images, labels = cached(path, key, lambda: decode_all(items, size))
-    return Dataset(images, labels if classes else None, classes)
+    return Dataset(images, labels, classes)
 
 def load_sets(cfg):
     """The training set and the held-out set of a run; of one channel if all images are grey."""
     sets = [load_dataset(cfg.dataset, split, cfg.image_size, cfg.data_dir)
             for split in ("train", "test")]
     check(sets[0].classes or not cfg.labelled, f"the images have no classes: {LAYOUT}")
-    check(len(sets[0].images) > 1 and len(sets[1].images), "there are too few images: give two to "
-          "train on, and one to hold out that is not alone in its class")
+    check(len(sets[0].images) > 1 and len(sets[1].images), "too few images, or none held out")
     if all((data.images == data.images[:, :1]).all() for data in sets):
         for data in sets:
             data.images = data.images[:, :1].clone()
@@ -1113,14 +1089,13 @@ def load_traits(cfg):
 def traits(data):
     """What is known of images: attributes, else the first 40 classes -> bool [N, A], A names."""
     if data.attributes is not None:
-        return data.attributes, list(data.attribute_names)
-    return class_columns(data)[:, :40], (data.classes if len(data.classes) > 1 else [])[:40]
+        return data.attributes, [*data.attribute_names]
+    columns = class_columns(data)[:, :40]
+    return columns, data.classes[:columns.shape[1]]
 
 def class_columns(data):
     """Which class images are of: bool [N, C]; C is 0 if there are fewer than two."""
-    if len(data.classes) < 2:
-        return torch.zeros(len(data.images), 0, dtype=torch.bool)
-    return data.labels[:, None] == torch.arange(len(data.classes))
+    return data.labels[:, None] == torch.arange(len(data.classes) * (len(data.classes) > 1))
 
 def judged(data):
     """What the judge learns of images, bool [N, A + C], the traits and the classes; A names."""
@@ -1128,8 +1103,8 @@ def judged(data):
     return torch.cat([known, class_columns(data)], 1), names
 
 def watched_traits(cfg, data):
-    """Columns of --attribute and --watch in traits(data), or else of the first and last trait that
-    vary there; [] if fewer than two do. Raises Stop if it has no such traits."""
+    """Columns of --attribute and --watch in traits(data), or else of the first and last that vary;
+    [] if fewer than two do. Raises Stop if it has no such traits."""
     known, names = traits(data)
     varied = [name for name, column in zip(names, known.T) if len(column.unique()) == 2]
     if len(varied) < 2 and not cfg.attribute + cfg.watch:
@@ -1158,11 +1133,8 @@ def to_uint8(x):
     return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
 
 def fingerprint(*tensors):
-    """A short text that tells these tensors (None: left out) from others."""
-    text = hashlib.sha1()
-    for tensor in filter(torch.is_tensor, tensors):
-        text.update(tensor.numpy())
-    return text.hexdigest()
+    """A short text that tells these tensors from others."""
+    return hashlib.sha1(b"".join(tensor.numpy() for tensor in tensors)).hexdigest()
 
 def some_of(N, n=None):
     """The numbers of n of N things, or of all, in a random order that is always the same."""
@@ -1218,9 +1190,8 @@ def features_of(net, images, device, size=500):
     return torch.cat([net(scaled(images, part, device)).float().cpu() for part in parts])
 
 def load_trait_judge(cfg, data, device):
-    """The judge: a classifier of traits trained apart, on real images alone; kept beside the data.
-    For shapes these are others, without bias; else the training set `data` -> the network, features
-    and last layer; moments of its features of these images."""
+    """The judge: a classifier of traits, trained on real images alone (for shapes others, without
+    bias), kept beside the data -> features and last layer; moments of these images' features."""
     real = load_dataset("shapes", "judge", cfg.image_size) if cfg.dataset == "shapes" else data
     known, names = judged(real)
     torch.manual_seed(seed_of("judge"))
@@ -1237,9 +1208,7 @@ def load_trait_judge(cfg, data, device):
     return net.eval().requires_grad_(False), real_moments
 
 def judge_traits(judge, images, device):
-    """uint8 images -> P of all `judged` [N, A + C], and their Frechet distance to the judge's.
-    It lies in the features of this one classifier: not FID, and compares only under the same
-    judge."""
+    """uint8 images -> P of all `judged` [N, A + C], Frechet distance (not FID) to the judge's."""
     net, real = judge
     z = features_of(net[0], images, device)
     return net[1].cpu()(z).sigmoid(), frechet_distance(*moments(z), *real)
@@ -1316,8 +1285,7 @@ INCEPTION = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weig
              "pt_inception-2015-12-05-6726825d.pth")
 
 def load_inception(name):
-    """The network for --inception -> None if it is off, or cannot be downloaded. Raises Stop for a
-    file that is missing, or of other weights."""
+    """The network for --inception -> None if off, or without a network. Stop names a bad file."""
     if name == "off":
         return None
     net = fid_inception()
@@ -1357,8 +1325,7 @@ def inception_metrics(cfg, samples, real, device):
 def auroc(score, positive):
     """P(a positive scores above a negative), ties half: score [N], positive bool [N] -> a number.
     With P positives, N negatives: (sum of the positives' ranks - P (P + 1) / 2) / (P N). Ranks
-    count all scores from 1 upwards, and ties share their mean rank (Mann & Whitney 1947). NaN
-    without either."""
+    count all scores from 1 up, ties share their mean rank (Mann & Whitney 1947). NaN if P N = 0."""
     _, place, count = score.unique(return_inverse=True, return_counts=True)
     rank = (count.cumsum(0) - (count - 1) / 2).double()[place]              # 1..N, the mean of ties
     P = positive.sum().item()
@@ -1382,7 +1349,6 @@ def logistic_aurocs(s, known, folds=5):
         w = torch.zeros(s.shape[1], known.shape[1], dtype=torch.float64, requires_grad=True)
         bias = torch.zeros(known.shape[1], dtype=torch.float64, requires_grad=True)
         optimizer = torch.optim.LBFGS([w, bias], max_iter=100, line_search_fn="strong_wolfe")
-
         def objective():
             optimizer.zero_grad()
             logits = x[rest] @ w + bias
@@ -1398,8 +1364,8 @@ def logistic_aurocs(s, known, folds=5):
 def mutual_information(a, b):
     """I(a; b) in nats of two bool columns [N]; with itself it is the entropy."""
     joint = torch.bincount(2 * a.long() + b.long(), minlength=4).view(2, 2).double() / len(a)
-    of_a, of_b, of_both = (torch.special.entr(p).sum() for p in (joint.sum(1), joint.sum(0), joint))
-    return (of_a + of_b - of_both).item()
+    apart = torch.outer(joint.sum(1), joint.sum(0))     # as if they were independent
+    return torch.special.xlogy(joint, joint / apart).nansum().item()
 
 def disentanglement(s, known):
     """TAD (Yeats et al. 2022): s [N, m], known bool [N, A] -> total, number of traits captured.
@@ -1435,8 +1401,7 @@ def standardise(layers, x):
 @torch.no_grad()
 def spread_points(z, n, seed):
     """k-means++ (Arthur & Vassilvitskii 2007): n of the points z [N, D], far apart -> [n, D].
-    The next one is drawn with probability proportional to its squared distance to the nearest
-    one already drawn."""
+    Each is drawn with probability proportional to its squared distance to the nearest drawn."""
     gen = torch.Generator().manual_seed(seed_of(seed, "k-means"))
     chosen = [torch.randint(len(z), (), generator=gen)]
     nearest = (z - z[chosen[0]]).square().sum(1)        # squared distance to the nearest, [N]
@@ -1462,9 +1427,8 @@ def correlation(s):
 
 def prototype_state(s):
     """Which prototypes are live, and which dead, by s [N, m] of held-out images -> bool [m] both.
-    choice: a prototype is dead if its standard deviation is below a twentieth of the largest. It is
-    a duplicate, and neither, if it correlates by over 0.95, either sign, with a live one before
-    it."""
+    choice: dead is one whose standard deviation is below a twentieth of the largest. Neither is one
+    that correlates by over 0.95, either sign, with a live one before it."""
     spread = s.std(0)
     dead = spread < 0.05 * spread.max()
     alike = correlation(s).abs() > 0.95
@@ -1514,7 +1478,7 @@ def draw_grid(path, images, rows, title, columns=(), size=0.55):
         axes.set_xticks(centres[:len(columns)], columns, fontsize="small")
         axes.tick_params(length=0)
         axes.set_frame_on(False)
-        axes.set_title(title, fontsize="medium", wrap=True)
+        axes.set_title(title, wrap=True)
 
 def draw_curves(path, groups):
     """Runs (group -> list of metrics.json) over steps and over seconds, with those before training:
@@ -1534,13 +1498,12 @@ def draw_curves(path, groups):
         fig.legend(*axes.get_legend_handles_labels(), loc="outside upper center")
 
 def best_patches(run, images, chosen):
-    """Upper left corner (row, column) of image i's best patch for prototype chosen[i] -> [N, 2].
-    chosen: one prototype for each image, [N]; one of whole images gives the first patch."""
+    """Upper left corner (row, column) of image i's best patch for prototype chosen[i] -> [N, 2]."""
     maps = features_of(run.model.maps, images, run.device)
     maps = maps[torch.arange(len(images)), chosen]                          # [N, h, w]
-    best = maps.flatten(1).argmax(1)
     start, _, step = receptive_field(run.model.encoder)
-    return start + step * torch.stack([best // maps.shape[-1], best % maps.shape[-1]], 1)
+    best = torch.unravel_index(maps.flatten(1).argmax(1), maps.shape[1:])
+    return start + step * torch.stack(best, 1)
 
 def framed(run, images, chosen):
     """RGB images, with a frame just outside the patch of image i that activates chosen[i] most."""
@@ -1565,24 +1528,20 @@ def heat_maps(run, images, maps):
     return (255 * heat).to(torch.uint8).expand_as(images)
 
 def draw_when(path, times, course, order, emerged, curves):
-    """when.png: s_j of the predicted image in the order of emerging; and the switch.
-    course [steps, m]; order: prototypes; emerged [m], steps; curves: trait ->
-    (t of the switch, share of images that have B's), if any."""
+    """when.png: s of predicted images [steps, m]; curves: trait -> (t of switch, share of B's)."""
     with drawing(path, 15, 5.5) as fig:
         left, right = fig.subplots(1, 2)
         shown = (course / course[-1])[:, order].clamp(max=1.2).T
         picture = left.imshow(shown, aspect="auto", interpolation="nearest")
         left.plot(emerged[order] - 0.5, range(len(order)), color="white", drawstyle="steps-mid")
-        ticks = range(0, len(times), 6)
-        left.set_xticks(ticks, [times[i] for i in ticks])
+        left.set_xticks(range(0, len(times), 6), times[::6])
         rows = range(0, len(order), math.ceil(len(order) / 30))
         left.set_yticks(rows, [order[i] for i in rows])
-        left.set(title="prototypes in the order in which they emerge (white: 90 % reached for "
-                 "good)", xlabel="noise level t of denoising, from noise (left) to image",
-                 ylabel="prototype")
+        left.set(title="prototypes as they emerge (white: 90 % reached for good)", ylabel="prototype",
+                 xlabel="noise level t of denoising, from noise (left) to image")
         fig.colorbar(picture, ax=left, label="s_j of the predicted image / at the end")
-        for name, (at, share) in curves.items():        # legends leave out names that begin with _
-            right.plot(at, share, ".-", label=f" {name}")
+        for name, (at, share) in zip(drawable([*curves]), curves.values()):
+            right.plot(at, share, ".-", label=f" {name}")   # a legend leaves out names like _x
         right.set(title="switch: told s of image A until t, then s of B. Whose trait is it in the "
                   "end?", xlabel="t of the switch (left: B all along, right: A all along)",
                   ylabel="share of images with B's", ylim=(0, 1))
@@ -1618,7 +1577,7 @@ def find_device(name):
     torch.backends.cudnn.benchmark = True
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if device.type == "cpu":                            # plain products are fastest here
+    else:                                               # plain products are fastest on a CPU
         torch.backends.cuda.enable_flash_sdp(False)     # the CPU's too, in spite of its name
         torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
     return device
@@ -1652,8 +1611,8 @@ def random_index(N, n, *key):
 # ---- Files: a run is a folder --------------------------------------------------------------------
 
 def save(content, path):
-    """Write a file, all or nothing: a kill leaves the old file or the new one. In a .json file what
-    is not finite becomes null, for JSON has no such numbers; any other is torch.save's."""
+    """Write a file, all or nothing: a kill leaves the old one or the new one. A .json file has null
+    for what is not finite, as JSON has no such numbers; any other is torch.save's."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(f"{path}.{os.getpid()}.tmp")
     with open(temporary, "wb") as file:
@@ -1725,9 +1684,8 @@ def write_csv(path, rows):
 # ---- Tasks: train, sample, evaluate, compare -----------------------------------------------------
 
 def new_run(cfg, sets, folder, device):
-    """All that comes before training: config.json, and the checkpoint of step 0.
-    known: shape and classes of the images, their fingerprint, seconds that this took, and what
-    model.begin returns: targets [N], figures, and what the method needs."""
+    """All that comes before training: config.json, and the checkpoint of step 0. known: shape,
+    classes, fingerprint of the images, seconds that this took, and what model.begin returns."""
     start = time.perf_counter()
     save(vars(cfg), folder / "config.json")
     images = sets[0].images
@@ -1740,8 +1698,7 @@ def new_run(cfg, sets, folder, device):
     save_checkpoint(folder, 0, known, [], dict(model=model, average=model))
 
 def train_run(cfg, given, load_data=load_sets):
-    """Start or go on with a run, alone or as one of torchrun's processes -> its data sets. The
-    folder is given.resume."""
+    """Start, or go on with, the run given.resume; maybe as one of several processes -> its sets."""
     device = find_device(cfg.device)
     if WORLD > 1:                                       # the others wait while the first decodes
         backend = "nccl" if device.type == "cuda" else "gloo"
@@ -1778,12 +1735,11 @@ def finish_run(cfg, sets, folder):
     return run
 
 def sample_unconditional(cfg, run, folder):
-    """Samples through the latent model -> uint8 [N, C, H, W], in samples.png and samples.npz.
-    samples.npz: arr_0 uint8 [N, H, W, C], what the guided-diffusion evaluator reads; s [N, m]."""
+    """Samples through the latent model -> uint8 [N, C, H, W]; samples.png, samples.npz (with s)."""
     s = draw_activations(cfg, run, cfg.num_samples)
     images = render(cfg, run, s)
     np.savez(folder / "samples.npz", arr_0=images.permute(0, 2, 3, 1), s=s)
-    rows = [""] * min(10, math.ceil(len(images) / 10))
+    rows = min(10, math.ceil(len(images) / 10)) * [""]
     draw_grid(folder / "samples.png", images[:100], rows, f"unconditional, step {run.step}")
     return images
 
@@ -1795,7 +1751,6 @@ def explain(cfg, run, sets, folder):
     names = [f"no. {j}" for j in chosen]
     some = images[shuffled(len(images), 64, cfg.seed, "pictures")]
     few = some[:8]
-
     def draw(name, rows, row_names, title, columns=()):
         draw_grid(folder / f"{name}.png", torch.cat(rows), row_names, title, columns)
     draw("reconstruction", [few, reconstruct(cfg, run, few)], ["real", "reconstruction"],
@@ -1809,12 +1764,10 @@ def explain(cfg, run, sets, folder):
          "Variations: the same s, other noise. What stays is what the model takes from s")
     draw("interpolation", [interpolate(cfg, run, pair) for pair in few.split(2)], [""] * 4,
          "Interpolation: from one image to another, linear in s, spherical in the noise")
-    top = s_all.amax(0)
     share = torch.tensor([0, 0.25, 0.5, 0.75, 1, 1.5])
-    courses = [move(cfg, run, few[:1], j, share * top[j], s_all) for j in chosen]
-    draw("extrapolation", courses, names, "Extrapolation: s_j from 0 past its largest on real "
-         "images (1)", share.tolist())
-
+    courses = [move(cfg, run, few[:1], j, share * s_all[:, j].max(), s_all) for j in chosen]
+    draw("extrapolation", courses, names,
+         "Extrapolation: s_j from 0 past its largest on real images (1)", share.tolist())
     raised, again = raise_prototypes(cfg, run, few, chosen, s_all)
     rows = []
     for i, j in enumerate(chosen, 1):
@@ -1828,9 +1781,9 @@ def explain(cfg, run, sets, folder):
          "do the same to every image? (in how many s_j, encoded again, is larger)")
     local = [j for j in chosen if j < run.model.local]  # of whole images there is one activation
     maps = features_of(run.model.maps, few, run.device)[:, local]
-    low, high = (value[:, None, None] for value in (maps.amin((0, 2, 3)), maps.amax((0, 2, 3))))
-    maps = (maps - low) / (high - low).clamp(min=1e-6)
-    draw("where", [few, *(heat_maps(run, few, maps[:, i]) for i in range(len(local)))],
+    low = maps.amin((0, 2, 3), keepdim=True)
+    maps = (maps - low) / (maps.amax((0, 2, 3), keepdim=True) - low).clamp(min=1e-6)
+    draw("where", [few, *(heat_maps(run, few, part) for part in maps.unbind(1))],
          ["real", *(f"no. {j}" for j in local)],
          "Where: the activation by each patch, from the least to the largest of these images")
     explain_when(cfg, run, sets, some, folder)
@@ -1841,12 +1794,8 @@ def emerged_at(course, share=0.9):
     return (torch.arange(1, len(course) + 1)[:, None] * below).amax(0)      # 1 + the last below
 
 def explain_when(cfg, run, sets, images, folder):
-    """When prototypes emerge: denoising.png, when.png and explanation.json."""
+    """When prototypes emerge: when.png."""
     times, predicted = emergence(cfg, run, activations(run, images))
-    steps = torch.linspace(0, len(times) - 1, 9).long()
-    tiles = predicted[steps, :4].transpose(0, 1).flatten(0, 1)
-    draw_grid(folder / "denoising.png", tiles, [""] * 4, "Denoising: images predicted at level t",
-              [f"t={times[i]}" for i in steps])
     course = torch.stack([activations(run, step) for step in predicted])    # [steps, N, m]
     present = course[-1] >= course[-1].quantile(0.75, dim=0)                # they have the pattern
     course = (course * present).sum(1) / present.sum(0)                     # [steps, m]
@@ -1855,8 +1804,6 @@ def explain_when(cfg, run, sets, images, folder):
     order = [j for j in emerged.argsort().tolist() if live[j]]
     curves = switch_curves(cfg, run, sets)
     draw_when(folder / "when.png", times, course, order, emerged, curves)
-    at = {j: times[min(emerged[j], len(times) - 1)] for j in order}
-    save(dict(emerged_at_t=at, switch=curves), folder / "explanation.json")
 
 def switch_curves(cfg, run, sets, pairs=100):
     """For ten traits, over pairs A, B that differ in it: t of the switch, share of B's."""
@@ -1891,8 +1838,7 @@ def kept_traits(judge, images, known, names, device):
     return figures
 
 def measure_traits(cfg, run, sets, folder=None):
-    """Images told s of held-out ones, and the diagnosis (to `folder`) -> figures, the images.
-    Without traits there are no figures."""
+    """Images told s of held-out ones; the diagnosis, to `folder` -> figures if any, the images."""
     data = sets[1]
     known, names = judged(data)
     index = shuffled(len(data.images), cfg.num_samples, cfg.seed, "held-out images")
@@ -1901,12 +1847,15 @@ def measure_traits(cfg, run, sets, folder=None):
         return {}, told
     judge = load_trait_judge(cfg, sets[0], run.device)
     figures = kept_traits(judge, told, known[index], names, run.device)
+    real = kept_traits(judge, data.images[index], known[index], names, run.device)
+    figures.update({f"real_{name}": x for name, x in real.items()})
     pair = watched_traits(cfg, data)
     if pair:
         leak, seen = diagnose(cfg, run, judge, data)
         figures.update(leak)
         if folder:
-            draw_diagnosis(folder / "diagnosis.png", leak, seen, *(names[trait] for trait in pair))
+            shown = [drawable(names)[trait] for trait in pair]
+            draw_diagnosis(folder / "diagnosis.png", leak, seen, *shown)
     return figures, told
 
 def prototype_figures(cfg, run, images):
@@ -1916,7 +1865,6 @@ def prototype_figures(cfg, run, images):
     some = images[shuffled(len(images), 64, cfg.seed, "pictures")]
     error = (reconstruct(cfg, run, some).float() - some.float()).abs().mean() / 127.5
     return dict(reconstruction_error=error.item(), live=int(live.sum()), dead=int(dead.sum()),
-                duplicates=int((~live & ~dead).sum()),
                 raised=raised_share(cfg, run, s_all, some, True),
                 raised_alone=raised_share(cfg, run, s_all, some, False))
 
@@ -1929,18 +1877,15 @@ def evaluate_patronus(cfg, run, sets, folder):
     figures.update(prototype_figures(cfg, run, data.images))
     if names:
         judge = load_trait_judge(cfg, sets[0], run.device)
-        index = shuffled(len(data.images), cfg.num_samples, cfg.seed, "held-out images")
-        real = kept_traits(judge, data.images[index], judged(data)[0][index], names, run.device)
-        figures.update({f"real_{name}": x for name, x in real.items()})
         figures["unconditional_frechet"] = judge_traits(judge, samples, run.device)[1]
         s = activations(run, data.images)
         auc = logistic_aurocs(s, known)
         tad, captured = disentanglement(s, known)
         figures.update(**named("auroc", names, auc), auroc=auc.nanmean().item(), tad=tad,
                        tad_traits=captured)
-    figures.update(inception_metrics(cfg, told, sets[0].images, run.device))
-    drawn = inception_metrics(cfg, samples, sets[0].images, run.device)
-    figures.update({f"unconditional_{name}": x for name, x in drawn.items()})
+    for kind, images in (("", told), ("unconditional_", samples)):
+        found = inception_metrics(cfg, images, sets[0].images, run.device)
+        figures.update({f"{kind}{name}": x for name, x in found.items()})
     write_metrics(cfg, run, figures, folder)
 
 def edit_image(cfg, run, given, folder):
@@ -1950,9 +1895,9 @@ def edit_image(cfg, run, given, folder):
     values = torch.tensor([[float(value) for _, value in pairs]])
     mode = "RGB" if run.known["shape"][0] == 3 else "L"
     image = decode(given.edit, cfg.image_size, mode)[None]
-    s, xT = invert_images(cfg, run, image, given.level)
+    s, xT = invert_images(cfg, run, image)
     told = torch.cat([s, set_activations(s, chosen, values)])
-    images = render(cfg, run, told, xT.repeat(2, 1, 1, 1), level=given.level)
+    images = render(cfg, run, told, xT.repeat(2, 1, 1, 1))
     now = activations(run, images)[1]
     title = "\n".join(f"s_{j}: {s[0, j]:.2f}, set to {x:.2f}, now {now[j]:.2f}"
                       for j, x in zip(chosen, values[0]))
@@ -1968,7 +1913,7 @@ def write_metrics(cfg, run, figures, folder):
         machine = torch.cuda.get_device_name(run.device)
     figures.update(run.known["figures"], seconds_before=run.known["seconds"],
                    seconds=run.log[-1]["seconds"])
-    metrics = dict(script=SCRIPT, step=run.step, machine=machine, torch=torch.__version__,
+    metrics = dict(script=SCRIPT, step=run.step, machine=f"{machine}, torch {torch.__version__}",
                    classes=run.known["classes"], settings=vars(cfg), log=run.log, **figures)
     save(metrics, folder / "metrics.json")
     draw_curves(folder / "curves.png", {folder.name: [metrics]})
@@ -1976,13 +1921,12 @@ def write_metrics(cfg, run, figures, folder):
         print(f"  {name:40} {value:,.4g}")
     print(f"{folder}: {cfg.num_samples} samples, on {machine}; frechet is no FID")
 
-# Student's t at 97.5 % for 1 to 9 degrees of freedom; the last serves for more, on the safe side.
-T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)     # Student's t, 97.5 %
 
 def compare(folders, out):
-    """Finished runs: a table of all figures, printed and in comparison.csv; and comparison.png.
-    Runs that differ only in their seed are a group, named by the settings in which groups differ,
-    with mean and half of the 95 % interval. A folder that is a comparison itself is passed over."""
+    """Finished runs (comparisons are passed over): comparison.csv, a table of all figures, which is
+    also printed; comparison.png. Runs that differ only in their seed are a group, with mean and
+    half of the 95 % interval, named by the settings in which groups differ."""
     runs = [load(folder / "metrics.json") for folder in dict.fromkeys(map(Path.resolve, folders))
             if not (folder / "comparison.csv").exists()]
     check(runs and all(run["settings"].keys() == vars(Config()).keys() for run in runs),
@@ -2027,10 +1971,8 @@ def settings_parser():
     parser.add_argument("--out", type=user_path, help="a new folder for what is made")
     tasks = parser.add_mutually_exclusive_group()
     for task in Config.TASKS:
-        tasks.add_argument(f"--{task}", metavar="RUN", type=user_path,
-                           help=f"{task} an earlier run")
-    tasks.add_argument("--compare", metavar="RUN", type=user_path, nargs="+",
-                       help="a table of finished runs")
+        tasks.add_argument(f"--{task}", metavar="RUN", type=user_path, help=f"{task} this run")
+    tasks.add_argument("--compare", type=user_path, nargs="+", help="a table of finished runs")
     return parser
 
 def without_effect(given, names, where):
@@ -2045,11 +1987,11 @@ def check_settings(cfg):
         kind = (int, float) if f.type is float else type(f.default)
         fits = isinstance(value, kind) and value in (get_args(f.type) or [value])
         least = f.type is int and f.default > 0
-        most = 1 if f.name in ("dropout", "warmup", "null_prob", "hide", "bias") else 2 ** 63 - 1
+        most = 1 if f.name in ("dropout", "warmup", "null_prob", "hide", "bias") else sys.maxsize
         check(fits and (kind is str or least <= value <= most), f"{f.name} cannot be {value}")
     check(re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", cfg.multipliers) and cfg.channels % 4 == 0
-          and cfg.image_size % 2 ** cfg.multipliers.count(",") == 0, "give --multipliers like "
-          "1,2,2,2, --image-size divisible by 2 at every comma, --channels divisible by 4")
+          and cfg.image_size % 2 ** cfg.multipliers.count(",") == 0,
+          "--multipliers are like 1,2,2; --image-size divides by 2 at every comma, --channels by 4")
     check(cfg.batch_size % WORLD == 0, "--batch-size does not divide by the number of processes")
     check(cfg.sample_steps <= cfg.timesteps, "--sample-steps cannot be more than --timesteps")
     alpha_bars(cfg.timesteps)                           # raises Stop if they are too few
@@ -2062,9 +2004,8 @@ def read_config(folder):
     return check_settings(Config(**saved))
 
 def read_settings(given):
-    """Defaults, the data set's preset, an earlier run's settings, the flags, each over the former
-    -> cfg, the task, the earlier run's folder. Raises Stop for impossible values, and for flags
-    that the task has no use for."""
+    """Defaults, the data set's preset or an earlier run's settings, the flags, each over the former
+    -> cfg, task, that run's folder. Raises Stop for flags that the task has no use for."""
     names = [*vars(Config())]
     task = ([name for name in Config.TASKS if getattr(given, name)] or ["train"])[0]
     folder = getattr(given, task, None)
@@ -2086,30 +2027,29 @@ def read_settings(given):
     return cfg, task, folder
 
 def check_edit(cfg, given):
-    """Raises Stop if --edit, --set or --from are not as they must be."""
+    """Raises Stop if --edit or --set are not as they must be."""
     check(given.edit and re.fullmatch(r"\d+=-?\d*\.?\d+(,\d+=-?\d*\.?\d+)*", given.set or ""),
           "give --edit image.png --model runs/NAME --set 12=2.5,40=0")
     for j in re.findall(r"(\d+)=", given.set):
         check(int(j) < cfg.num_prototypes, f"there are prototypes 0 to {cfg.num_prototypes - 1}")
-    check(given.level is None or 1 <= given.level <= cfg.timesteps, "--from: 1 to --timesteps")
 
 def patronus(given):
     """Do what the command line asks for."""
-    own = ["edit", "level", "set"]
+    own = ["edit", "set"]
     if given.compare:
         without_effect(given, [*vars(Config()), *own], "with --compare")
         return compare(given.compare, given.out)
     cfg, task, folder = read_settings(given)
+    check(cfg.image_size >= max(16, cfg.patch) and cfg.num_prototypes >= 6,
+          "--image-size must be 16 or more, and no less than --patch, --num-prototypes 6 or more")
+    check(cfg.invert_steps <= cfg.timesteps and cfg.global_prototypes <= 1
+          and cfg.latent_width % 2 == 0, "--invert-steps cannot be above --timesteps, "
+          "--global-prototypes above 1, --latent-width odd")
+    alpha_bars(cfg.latent_timesteps)                    # raises Stop if they are too few
     if task == "model":
         check_edit(cfg, given)
     else:
         without_effect(given, own, "without --model")
-    check(cfg.image_size >= 16 and cfg.num_prototypes >= 6 and cfg.invert_steps <= cfg.timesteps,
-          "--image-size must be 16 or more, --num-prototypes 6, --invert-steps at most --timesteps")
-    check(cfg.patch <= cfg.image_size and cfg.global_prototypes <= 1,
-          "--patch must be at most --image-size, --global-prototypes at most 1")
-    check(cfg.latent_timesteps >= 21 and cfg.latent_width % 2 == 0,
-          "--latent-timesteps must be 21 or more, and --latent-width even")
     if task in ("train", "resume"):
         sets = train_run(cfg, given, load_traits)
         if RANK == 0:
@@ -2119,28 +2059,25 @@ def patronus(given):
         return
     run = load_run(folder, cfg.device)
     check(run.known.get("latent_step") == run.step, f"{folder} has not ended: --resume it first")
+    sets = [] if task in ("model", "sample") else load_traits(cfg)
+    check(task != "diagnose" or watched_traits(cfg, sets[1]), "no two held-out traits vary")
     out = new_folder(given.out, folder / task.replace("model", "edit"))
     if task == "model":
         edit_image(cfg, run, given, out)
     elif task == "sample":
         sample_unconditional(cfg, run, out)
+    elif task == "explain":
+        explain(cfg, run, sets, out)
+    elif task == "evaluate":
+        evaluate_patronus(cfg, run, sets, out)
     else:
-        sets = load_traits(cfg)
-        if task == "explain":
-            explain(cfg, run, sets, out)
-        elif task == "evaluate":
-            evaluate_patronus(cfg, run, sets, out)
-        else:
-            check(watched_traits(cfg, sets[1]), "no two traits of the held-out images vary")
-            write_metrics(cfg, run, measure_traits(cfg, run, sets, out)[0], out)
+        write_metrics(cfg, run, measure_traits(cfg, run, sets, out)[0], out)
 
 def main(argv=None):
-    """The command line. Returns the exit status: 2 after one sentence for what a person can put
-    right, 130 after Ctrl-C. A fault of this program shows its traceback."""
+    """The command line -> exit status: 2 after one sentence about what a person can put right, 130
+    after Ctrl-C. A fault of this program shows its traceback."""
     parser = settings_parser()
     parser.add_argument("--edit", metavar="IMAGE", type=user_path, help="edit it by --model RUN")
-    parser.add_argument("--from", type=int, dest="level", help="--edit: up to which noise level to "
-                        "go, less than all saves time; see the switch in when.png")
     parser.add_argument("--set", help="--edit: activations to set, like 12=2.5,40=0")
     given = parser.parse_args(argv)
     try:

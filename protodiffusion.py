@@ -10,9 +10,8 @@ of the table, so the denoiser knows from its first step which classes are alike.
 stays as it is ("frozen") or trains on ("unfrozen"); "random" is the usual table, the paper's
 baseline. The paper reports equal quality in about half the training time.
 
-Does it help? Ten figures of shapes are learned as fast without. Of 160 fine classes 35 % of samples
-are recognised after 1,600 steps, with a random table 8 % (README). Prototypes must tell who is
-alike, as they do from class means, and be as long as random rows (raw: 9 %).
+Does it help? Not with ten figures. With 160 classes 35 % of samples are recognised after 1,600
+steps, with a random table 8 %: if rows tell who is alike, and are long (assets/results.md).
 
     stage 1   image ──> ResNet f(x) ──> nearest prototype = class      DCE loss + prototype loss
                                              │
@@ -20,15 +19,13 @@ alike, as they do from class means, and be as long as random rows (raw: 9 %).
               noise level t ──> sinusoids ──> MLP ──────────(+)──> every residual block
               noisy image xt ────────────────────────────────────> U-Net ──> predicted noise
 
-    python protodiffusion.py                            # built-in shapes, five minutes on a CPU
+    python protodiffusion.py                            # built-in shapes, minutes on a CPU
     python protodiffusion.py --dataset cifar10          # the paper's data
     python protodiffusion.py --compare runs/A runs/B    # finished runs: a table and a figure
 
-Comments marked "choice:" say where the paper is silent or we differ; "# exercise" marks functions
-to write again from their docstrings. To change the losses of stage 1, look at dce_loss and
-prototype_loss; how the class enters, at ProtoDiffusion.denoise; the noise schedule, at alpha_bars;
-a sampler, at sample; the optimiser, at train and learning_rate; a data set, at load_dataset.
-"""
+"choice:" marks where the paper is silent or we differ, "# exercise" functions to write again from
+their docstrings. To change stage 1, look at dce_loss and prototype_loss; how the class enters, at
+ProtoDiffusion.denoise; noise levels, at alpha_bars; a sampler, at sample; data, at load_dataset."""
 import argparse
 import contextlib
 import csv
@@ -173,8 +170,8 @@ def start_at_class_means(learner, data, device):
         own.mul_(len(own) > 1).add_(z[data.labels == label].mean(0))
 
 def learn_prototypes(data, cfg, device):
-    """Stage 1 -> a PrototypeLearner that was trained on `data`, a Dataset. From a random start
-    prototypes hardly move: images come to them, and all classes end up about as far apart."""
+    """Stage 1 -> a PrototypeLearner, trained on `data`. From a random start prototypes hardly move:
+    images come to them, and all classes end up about as far apart."""
     torch.manual_seed(cfg.seed)
     learner = placed(PrototypeLearner(cfg, data.images.shape[1], len(data.classes)), device)
     if cfg.start == "means":
@@ -248,9 +245,8 @@ class ProtoDiffusion(nn.Module):
 # ---- Diffusion: process, loss, guidance, samplers; all in float32 but the network ----------------
 
 def alpha_bars(T):
-    """abar [T], float32: the cumulative product of 1 - beta (DDPM, section 4).
-    Betas are linear from 1e-4 to 0.02 at T = 1000; for another T they are scaled by 1000 / T, which
-    keeps the course of abar. Raises Stop if a beta would reach 1."""
+    """abar [T], float32: the cumulative product of 1 - beta (DDPM, section 4). Betas are linear,
+    1e-4 to 0.02, times 1000 / T, which keeps the course of abar. Raises Stop if one reaches 1."""
     betas = torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * 1000 / T
     check(betas.max() < 1, "there are too few noise levels, a beta would reach 1: take 21 or more")
     return (1 - betas).cumprod(0).float()
@@ -337,9 +333,8 @@ def sample(predict, xT, abar, steps=20, sampler="dpmpp", clip=True, generator=No
     return x
 
 def generate(cfg, run, conditions):
-    """An image for each condition (int64 [N], -1: none) -> uint8 [N, C, H, W] on the CPU.
-    run: has model, known, device. The same cfg.seed and sample_batch give the same images. Raises
-    Stop if the images are not numbers."""
+    """An image for each condition (int64 [N], -1: none) -> uint8 [N, C, H, W] on the CPU. run has
+    model, known, device. The same cfg.seed and sample_batch give the same images."""
     abar = alpha_bars(cfg.timesteps)
     gen = torch.Generator(run.device)
     images = []
@@ -416,9 +411,8 @@ class Stage(nn.ModuleList):
         return x
 
 class UNet(nn.Module):
-    """Noise predictor: x [B, C, S, S], t [B] in 0..T-1, condition [B, emb_dim] -> [B, C, S, S].
-    The condition is added to the time embedding, which every residual block reads. before_middle
-    is applied to the features [B, c, s, s]. The output starts at zero."""
+    """Noise predictor: x [B, C, S, S], t [B] in 0..T-1, condition [B, emb_dim] -> [B, C, S, S]. The
+    condition is added to the time embedding. before_middle: of features. The output starts at 0."""
     def __init__(self, image_channels, cfg):
         super().__init__()
         c = cfg.channels                                # of the features so far
@@ -473,9 +467,8 @@ class Batch(NamedTuple):
     chance: torch.Tensor            # uniform in 0..1, [B]: says if a condition is hidden
 
 def random_batch(cfg, images, targets, step, device):
-    """The Batch of a step, of which each process takes its share. All draws follow from the seed
-    and the step: so no random state is saved, and only the model's own draws and batch statistics
-    depend on the number of processes."""
+    """The share of a step's Batch that is this process's. All draws follow from the seed and the
+    step, so no random state is saved; only the model's own depend on the number of processes."""
     B = cfg.batch_size
     gen = torch.Generator(device).manual_seed(seed_of(cfg.seed, "noise", step))
     t = torch.randint(cfg.timesteps, (B,), generator=gen, device=device)
@@ -505,10 +498,8 @@ def update_average(average, model, n):
         a.copy_(a.lerp(m, 1 - decay) if a.is_floating_point() else m)
 
 def train(cfg, sets, folder, device):
-    """Go on from the checkpoint in `folder` to step cfg.steps; that of a new run is of step 0.
-    Leaves checkpoint.pt and log.csv, whose seconds are those of the run without measuring. It may
-    be stopped at any moment, for all that is random follows from the seed and the step. Raises Stop
-    if the images changed or training diverges."""
+    """Go on from the checkpoint in `folder` (a new run's is of step 0) to step cfg.steps. It may be
+    stopped at any moment. Raises Stop if the images have changed, or if the training diverges."""
     run = load_run(folder, device)                      # its model is the moving average
     known = run.known
     check(cfg.dataset in FINE or known["images"] == fingerprint(sets[0].images, sets[0].labels),
@@ -593,9 +584,9 @@ SHAPE_SPLITS = {"train": (20_000, 0), "test": (4_000, 1), "judge": (20_000, 12)}
 
 @dataclasses.dataclass
 class Dataset:
-    """images uint8 [N, C, H, W]; labels int64 [N] or None; attributes bool [N, A] or None."""
+    """images uint8 [N, C, H, W]; labels int64 [N], 0 without classes; attributes bool [N, A]."""
     images: torch.Tensor
-    labels: torch.Tensor | None
+    labels: torch.Tensor
     classes: list
     attributes: torch.Tensor | None = None
     attribute_names: tuple = ()
@@ -687,8 +678,8 @@ def open_tiny_imagenet(root, train):
     return split_off(data.samples, train), [words[name].split(",")[0] for name in data.classes]
 
 def split_off(items, train):
-    """A fixed random split of what comes without one, items (image, label): a tenth of each class
-    is held out, the second of every ten, and so none of a class of one image."""
+    """A fixed random split of items (image, label): of each class a tenth is held out, the second
+    of every ten, so none of a single one."""
     seen = Counter()
     chosen = []
     for i in some_of(len(items)).tolist():
@@ -710,9 +701,8 @@ LAYOUT = ("wanted are <class>/*.png, or train/<class>/*.png with or without test
           "without classes, *.png or train/*.png; all images at one depth, UTF-8 names of folders")
 
 def open_folder(root, train):
-    """A folder of images, see LAYOUT -> items (file, label), names of classes. What is in test/ or
-    val/ is held out; without them a tenth is. Hidden files and those of systems are skipped, links
-    are followed. Raises Stop for a folder of another layout."""
+    """A folder of images as in LAYOUT -> items (file, label), names of classes. What is in test/ or
+    val/ is held out, or else a tenth. Hidden files are skipped, links are followed."""
     files = [file for file in sorted(map(Path, glob.glob("**/*", root_dir=root, recursive=True)))
              if file.suffix.lower() in ENDINGS and not SERVICE & {*file.parts}]
     check(files, f"there are no images in {root}: {LAYOUT}")
@@ -754,8 +744,7 @@ def decode(image, size, mode="RGB"):
     return torchvision.transforms.functional.pil_to_tensor(image)
 
 def decode_all(items, size):
-    """Items (image or file, label) -> uint8 images [N, 3, size, size], labels [N]. Raises Stop that
-    names all images that cannot be read."""
+    """Items (image or file, label) -> uint8 [N, 3, size, size], labels. Stop names bad files."""
     images = torch.empty(len(items), 3, size, size, dtype=torch.uint8)
     labels = torch.empty(len(items), dtype=torch.int64)
     faults = []
@@ -773,8 +762,7 @@ def decode_all(items, size):
 
 def load_dataset(name, split="train", image_size=None, data_dir="data"):
     """A data set in memory, decoded once and cached beside the data in prototype-*.pt -> Dataset.
-    name: a key of Config.PRESETS; split: train or test; image_size: pixels (None: the preset's).
-    Raises Stop for an unknown name, missing data, no network, a folder of another layout."""
+    name: a key of Config.PRESETS; split: train or test; image_size: pixels (None: the preset's)."""
     check(name in Config.PRESETS and split in SHAPE_SPLITS, f"there is no {split} of {name}")
     size = image_size or Config.PRESETS[name].get("image_size", Config.image_size)
     if name in FINE:
@@ -791,15 +779,14 @@ def load_dataset(name, split="train", image_size=None, data_dir="data"):
                 for file, _ in items]
     path = root / f"prototype-{name}-{split}-{size}.pt"
     images, labels = cached(path, key, lambda: decode_all(items, size))
-    return Dataset(images, labels if classes else None, classes)
+    return Dataset(images, labels, classes)
 
 def load_sets(cfg):
     """The training set and the held-out set of a run; of one channel if all images are grey."""
     sets = [load_dataset(cfg.dataset, split, cfg.image_size, cfg.data_dir)
             for split in ("train", "test")]
     check(sets[0].classes or not cfg.labelled, f"the images have no classes: {LAYOUT}")
-    check(len(sets[0].images) > 1 and len(sets[1].images), "there are too few images: give two to "
-          "train on, and one to hold out that is not alone in its class")
+    check(len(sets[0].images) > 1 and len(sets[1].images), "too few images, or none held out")
     if all((data.images == data.images[:, :1]).all() for data in sets):
         for data in sets:
             data.images = data.images[:, :1].clone()
@@ -821,11 +808,8 @@ def to_uint8(x):
     return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
 
 def fingerprint(*tensors):
-    """A short text that tells these tensors (None: left out) from others."""
-    text = hashlib.sha1()
-    for tensor in filter(torch.is_tensor, tensors):
-        text.update(tensor.numpy())
-    return text.hexdigest()
+    """A short text that tells these tensors from others."""
+    return hashlib.sha1(b"".join(tensor.numpy() for tensor in tensors)).hexdigest()
 
 def evenly(targets, n):
     """n rows, in the proportions of targets [N]: the sorted targets, read at n even spacings."""
@@ -983,8 +967,7 @@ INCEPTION = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weig
              "pt_inception-2015-12-05-6726825d.pth")
 
 def load_inception(name):
-    """The network for --inception -> None if it is off, or cannot be downloaded. Raises Stop for a
-    file that is missing, or of other weights."""
+    """The network for --inception -> None if off, or without a network. Stop names a bad file."""
     if name == "off":
         return None
     net = fid_inception()
@@ -1048,7 +1031,7 @@ def draw_grid(path, images, rows, title, columns=(), size=0.55):
         axes.set_xticks(centres[:len(columns)], columns, fontsize="small")
         axes.tick_params(length=0)
         axes.set_frame_on(False)
-        axes.set_title(title, fontsize="medium", wrap=True)
+        axes.set_title(title, wrap=True)
 
 def draw_curves(path, groups):
     """Runs (group -> list of metrics.json) over steps and over seconds, with those before training:
@@ -1078,8 +1061,7 @@ def draw_prototypes(path, learner, data, device):
     stars = prototypes @ plane
     with drawing(path, 8, 7) as fig:
         axes = fig.subplots()
-        axes.set_title(f"prototypes (stars) and held-out images, {accuracy:.1%} recognised: their "
-                       "features' first two principal components")
+        axes.set_title(f"prototypes (stars), held-out images ({accuracy:.1%} recognised): PCA")
         axes.scatter(*(z @ plane).T, s=2, c=data.labels, cmap="tab20")
         axes.plot(*stars.T, "k*", markersize=14)
         for c, name in enumerate(drawable(data.classes[:40])):
@@ -1104,7 +1086,7 @@ def find_device(name):
     torch.backends.cudnn.benchmark = True
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if device.type == "cpu":                            # plain products are fastest here
+    else:                                               # plain products are fastest on a CPU
         torch.backends.cuda.enable_flash_sdp(False)     # the CPU's too, in spite of its name
         torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
     return device
@@ -1138,8 +1120,8 @@ def random_index(N, n, *key):
 # ---- Files: a run is a folder --------------------------------------------------------------------
 
 def save(content, path):
-    """Write a file, all or nothing: a kill leaves the old file or the new one. In a .json file what
-    is not finite becomes null, for JSON has no such numbers; any other is torch.save's."""
+    """Write a file, all or nothing: a kill leaves the old one or the new one. A .json file has null
+    for what is not finite, as JSON has no such numbers; any other is torch.save's."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(f"{path}.{os.getpid()}.tmp")
     with open(temporary, "wb") as file:
@@ -1211,9 +1193,8 @@ def write_csv(path, rows):
 # ---- Tasks: train, sample, evaluate, compare -----------------------------------------------------
 
 def new_run(cfg, sets, folder, device):
-    """All that comes before training: config.json, and the checkpoint of step 0.
-    known: shape and classes of the images, their fingerprint, seconds that this took, and what
-    model.begin returns: targets [N], figures, and what the method needs."""
+    """All that comes before training: config.json, and the checkpoint of step 0. known: shape,
+    classes, fingerprint of the images, seconds that this took, and what model.begin returns."""
     start = time.perf_counter()
     save(vars(cfg), folder / "config.json")
     images = sets[0].images
@@ -1226,8 +1207,7 @@ def new_run(cfg, sets, folder, device):
     save_checkpoint(folder, 0, known, [], dict(model=model, average=model))
 
 def train_run(cfg, given, load_data=load_sets):
-    """Start or go on with a run, alone or as one of torchrun's processes -> its data sets. The
-    folder is given.resume."""
+    """Start, or go on with, the run given.resume; maybe as one of several processes -> its sets."""
     device = find_device(cfg.device)
     if WORLD > 1:                                       # the others wait while the first decodes
         backend = "nccl" if device.type == "cuda" else "gloo"
@@ -1277,7 +1257,7 @@ def write_metrics(cfg, run, figures, folder):
         machine = torch.cuda.get_device_name(run.device)
     figures.update(run.known["figures"], seconds_before=run.known["seconds"],
                    seconds=run.log[-1]["seconds"])
-    metrics = dict(script=SCRIPT, step=run.step, machine=machine, torch=torch.__version__,
+    metrics = dict(script=SCRIPT, step=run.step, machine=f"{machine}, torch {torch.__version__}",
                    classes=run.known["classes"], settings=vars(cfg), log=run.log, **figures)
     save(metrics, folder / "metrics.json")
     draw_curves(folder / "curves.png", {folder.name: [metrics]})
@@ -1285,13 +1265,12 @@ def write_metrics(cfg, run, figures, folder):
         print(f"  {name:40} {value:,.4g}")
     print(f"{folder}: {cfg.num_samples} samples, on {machine}; frechet is no FID")
 
-# Student's t at 97.5 % for 1 to 9 degrees of freedom; the last serves for more, on the safe side.
-T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)     # Student's t, 97.5 %
 
 def compare(folders, out):
-    """Finished runs: a table of all figures, printed and in comparison.csv; and comparison.png.
-    Runs that differ only in their seed are a group, named by the settings in which groups differ,
-    with mean and half of the 95 % interval. A folder that is a comparison itself is passed over."""
+    """Finished runs (comparisons are passed over): comparison.csv, a table of all figures, which is
+    also printed; comparison.png. Runs that differ only in their seed are a group, with mean and
+    half of the 95 % interval, named by the settings in which groups differ."""
     runs = [load(folder / "metrics.json") for folder in dict.fromkeys(map(Path.resolve, folders))
             if not (folder / "comparison.csv").exists()]
     check(runs and all(run["settings"].keys() == vars(Config()).keys() for run in runs),
@@ -1336,10 +1315,8 @@ def settings_parser():
     parser.add_argument("--out", type=user_path, help="a new folder for what is made")
     tasks = parser.add_mutually_exclusive_group()
     for task in Config.TASKS:
-        tasks.add_argument(f"--{task}", metavar="RUN", type=user_path,
-                           help=f"{task} an earlier run")
-    tasks.add_argument("--compare", metavar="RUN", type=user_path, nargs="+",
-                       help="a table of finished runs")
+        tasks.add_argument(f"--{task}", metavar="RUN", type=user_path, help=f"{task} this run")
+    tasks.add_argument("--compare", type=user_path, nargs="+", help="a table of finished runs")
     return parser
 
 def without_effect(given, names, where):
@@ -1354,11 +1331,11 @@ def check_settings(cfg):
         kind = (int, float) if f.type is float else type(f.default)
         fits = isinstance(value, kind) and value in (get_args(f.type) or [value])
         least = f.type is int and f.default > 0
-        most = 1 if f.name in ("dropout", "warmup", "null_prob", "hide", "bias") else 2 ** 63 - 1
+        most = 1 if f.name in ("dropout", "warmup", "null_prob", "hide", "bias") else sys.maxsize
         check(fits and (kind is str or least <= value <= most), f"{f.name} cannot be {value}")
     check(re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", cfg.multipliers) and cfg.channels % 4 == 0
-          and cfg.image_size % 2 ** cfg.multipliers.count(",") == 0, "give --multipliers like "
-          "1,2,2,2, --image-size divisible by 2 at every comma, --channels divisible by 4")
+          and cfg.image_size % 2 ** cfg.multipliers.count(",") == 0,
+          "--multipliers are like 1,2,2; --image-size divides by 2 at every comma, --channels by 4")
     check(cfg.batch_size % WORLD == 0, "--batch-size does not divide by the number of processes")
     check(cfg.sample_steps <= cfg.timesteps, "--sample-steps cannot be more than --timesteps")
     alpha_bars(cfg.timesteps)                           # raises Stop if they are too few
@@ -1371,9 +1348,8 @@ def read_config(folder):
     return check_settings(Config(**saved))
 
 def read_settings(given):
-    """Defaults, the data set's preset, an earlier run's settings, the flags, each over the former
-    -> cfg, the task, the earlier run's folder. Raises Stop for impossible values, and for flags
-    that the task has no use for."""
+    """Defaults, the data set's preset or an earlier run's settings, the flags, each over the former
+    -> cfg, task, that run's folder. Raises Stop for flags that the task has no use for."""
     names = [*vars(Config())]
     task = ([name for name in Config.TASKS if getattr(given, name)] or ["train"])[0]
     folder = getattr(given, task, None)
@@ -1406,8 +1382,7 @@ def protodiffusion(given):
         without_effect(given, ["start", "scale", "learner_steps", "learner_width", "imagenet"],
                        "with --prototypes random")
     check(not cfg.imagenet or cfg.learner_width == 64, "--imagenet takes --learner-width 64")
-    check(cfg.null_prob > 0 or cfg.guidance == 0,
-          "--null-prob 0 leaves nothing to guide away from: add --guidance 0")
+    check(cfg.null_prob > 0 or cfg.guidance == 0, "--null-prob 0 leaves no guidance: --guidance 0")
     if task in ("train", "resume"):
         sets = train_run(cfg, given)
         if RANK == 0:
@@ -1430,8 +1405,8 @@ def protodiffusion(given):
     save_samples(out, images, rows // K, classes, f"step {run.step}, guidance {cfg.guidance}")
 
 def main(argv=None):
-    """The command line. Returns the exit status: 2 after one sentence for what a person can put
-    right, 130 after Ctrl-C. A fault of this program shows its traceback."""
+    """The command line -> exit status: 2 after one sentence about what a person can put right, 130
+    after Ctrl-C. A fault of this program shows its traceback."""
     parser = settings_parser()
     parser.add_argument("--labels", help="--sample: classes, like circle,star; without it all")
     given = parser.parse_args(argv)
