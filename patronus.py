@@ -1537,8 +1537,8 @@ def draw_when(path, times, course, order, emerged, curves):
         left.set_xticks(range(0, len(times), 6), times[::6])
         rows = range(0, len(order), math.ceil(len(order) / 30))
         left.set_yticks(rows, [order[i] for i in rows])
-        left.set(title="prototypes as they emerge (white: 90 % reached for good)", ylabel="prototype",
-                 xlabel="noise level t of denoising, from noise (left) to image")
+        left.set(title="prototypes as they emerge (white: 90 % reached for good)",
+                 ylabel="prototype", xlabel="noise level t of denoising, from noise to image")
         fig.colorbar(picture, ax=left, label="s_j of the predicted image / at the end")
         for name, (at, share) in zip(drawable([*curves]), curves.values()):
             right.plot(at, share, ".-", label=f" {name}")   # a legend leaves out names like _x

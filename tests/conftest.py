@@ -48,7 +48,16 @@ def config(script, **changes):
     return script.Config(**settings(script, **changes))
 
 def args(script, **changes):
-    return flags(**settings(script, **changes))
+    """As flags; those of TINY that have no effect beside the changes, and would be refused, are left out."""
+    given = settings(script, **changes)
+    idle = []
+    if given.get("prototypes") == "random":
+        idle += ["learner_steps", "learner_width"]
+    if given.get("supervised") or given.get("conditioning") == "none":
+        idle += ["num_prototypes"]
+    if given.get("conditioning") == "none":
+        idle += ["prototype_dim"]
+    return flags(**{name: value for name, value in given.items() if name in changes or name not in idle})
 
 def contents(folder):
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(Path(folder).rglob("*")) if p.is_file()}
@@ -116,9 +125,9 @@ def shrink(script):
 
 @pytest.fixture(scope="session", autouse=True)
 def small(tmp_path_factory):
-    """One thread, as in processes of their own; small sets of shapes; and a place for what is cached."""
+    """One thread, as in processes of their own; small sets of shapes; and a folder whose data/ keeps caches."""
     torch.set_num_threads(1)
-    TINY["data_dir"] = str(tmp_path_factory.mktemp("data"))
+    os.chdir(tmp_path_factory.mktemp("here"))
     for name in SCRIPTS:
         if name in sys.modules:                                     # another may be half written
             shrink(sys.modules[name])
