@@ -320,7 +320,8 @@ class PDM(Unconditional):
         with torch.autocast(x0.device.type, enabled=False):     # float32: BatchNorm would keep inf
             views = [x0, random_view(x0, cfg), random_view(x0, cfg)] if self.two_views else [x0]
             z_views = self.normed(self.encoder(torch.cat(views))).split(len(x0))
-            z, e = z_views[0], self.normed(self.prototypes)
+            z = z_views[0]
+            e = self.normed(self.prototypes)
             d = distances(z, e)
             k = d.argmin(1) if label is None else label
             losses = {"contrastive": swapped_loss([v @ e.T for v in z_views]) if self.two_views else
@@ -1145,16 +1146,6 @@ def normalised_mutual_information(table):
     shared = both - torch.special.entr(p).sum()
     return (2 * shared / both).item() if both > 0 else 1.0
 
-def resemblance(z, k, most=2000):
-    """Mean distance of features z [N, D] of the same prototype k [N], over that of different ones.
-    Below 1, images of one prototype are more alike than images of several. NaN without such
-    pairs."""
-    some = some_of(len(z), most)
-    d = torch.cdist(z[some], z[some])
-    same = k[some, None] == k[some]
-    other = ~torch.eye(len(some), dtype=torch.bool)
-    return (d[same & other].mean() / d[~same].mean()).item()
-
 # ---- Pictures ------------------------------------------------------------------------------------
 
 @contextlib.contextmanager
@@ -1459,13 +1450,11 @@ def crosstable(run, data):
     k = run.model.choose(data.images, run.device)[1].argmin(1)
     return contingency(k, data.labels, len(run.model.prototypes), len(data.classes) or 1)
 
-def measure_prototypes(cfg, run, sets, samples, k, folder):
-    """Pictures in `folder`, and figures as a dict; samples uint8 [N, C, H, W] are of k [N]."""
+def measure_prototypes(cfg, run, sets, folder):
+    """Pictures in `folder`, and figures as a dict, of held-out images."""
     prototypes = run.model.normed(run.model.prototypes).cpu()
-    z_test, d_test = run.model.choose(sets[1].images, run.device)
-    z_samples, d_samples = run.model.choose(samples, run.device)
+    z, d_test = run.model.choose(sets[1].images, run.device)
     _, d_train = run.model.choose(sets[0].images, run.device)
-    k_test = d_test.argmin(1)
     names = drawable(condition_names(cfg, run))
     classes = drawable(sets[1].classes)
     table = crosstable(run, sets[1])
@@ -1483,16 +1472,13 @@ def measure_prototypes(cfg, run, sets, samples, k, folder):
     share = torch.bincount(d_train.argmin(1), minlength=len(prototypes)) / len(d_train)
     figures = dict(alive=(share > 0).sum().item(),
                    usage_perplexity=torch.special.entr(share).sum().exp().item(),
-                   variance_of_z=z_test.var(0, correction=0).sum().item(),
-                   within_between_samples=resemblance(z_samples, k),
-                   within_between_real=resemblance(z_test, k_test),
-                   rechosen=(d_samples.argmin(1) == k).float().mean().item())
-    some = some_of(len(z_test), 3000)
-    panels = [("by prototype", k_test[some], names)]
+                   variance_of_z=z.var(0, correction=0).sum().item())
+    some = some_of(len(z), 3000)
+    panels = [("by prototype", d_test.argmin(1)[some], names)]
     if classes:
         panels.append(("by class", sets[1].labels[some], classes))
         figures.update(purity=purity(table), nmi=normalised_mutual_information(table))
-    draw_features(folder / "features.png", z_test[some], prototypes, panels)
+    draw_features(folder / "features.png", z[some], prototypes, panels)
     draw_usage(folder / "usage.png", run.log, table, classes)
     return figures
 
@@ -1535,8 +1521,7 @@ def evaluate_pdm(cfg, run, sets, folder):
         real = judge_images(cfg, run, sets, sets[1].images[some], sets[1].labels[some])
         figures.update({f"real_{name}": value for name, value in real.items()})
     if cfg.conditioning == "prototype":
-        figures.update(measure_prototypes(cfg, run, sets, images, k, folder))
-        figures.update(measure_cost(cfg, run, sets))
+        figures.update(measure_prototypes(cfg, run, sets, folder), **measure_cost(cfg, run, sets))
     figures.update(inception_metrics(cfg, images, sets[0].images, run.device))
     write_metrics(cfg, run, figures, folder)
 
@@ -1667,12 +1652,11 @@ def pdm(given):
         without_effect(given, [*vars(Config()), *asked], "with --compare")
         return compare(given.compare, given.out)
     cfg, task, folder = read_settings(given)
-    views = ["views", "forget", "view_size"]
-    of_pdm = [*views, "num_prototypes", "compactness"]
+    of_pdm = ["forget", "view_size", "views", "num_prototypes", "compactness"]
     if task != "sample":
         without_effect(given, asked, "without --sample")
     if cfg.views == "one":
-        without_effect(given, views[1:], "with --views one")
+        without_effect(given, of_pdm[:2], "with --views one")
     if cfg.supervised:
         without_effect(given, of_pdm, "with --supervised")
     if cfg.conditioning == "none":
