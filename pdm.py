@@ -24,8 +24,7 @@ images together every prototype equally often. Prototypes then mean what views h
 
 "choice:" marks where the paper is silent or we differ, "# exercise" functions to write again from
 their docstrings. To change what prototypes shall not mean, look at random_view; losses, at
-contrastive_loss and its neighbours; the choice of a prototype, at PDM.learn; how it enters, at
-PrototypeAttention; a sampler, at sample."""
+contrastive_loss; their choice, at PDM.learn; how they enter, at PrototypeAttention."""
 import argparse
 import contextlib
 import copy
@@ -177,11 +176,10 @@ def compactness_loss(prototypes):
 
 def random_view(x, cfg):
     """A random variation of each image x [B, C, S, S] -> the same shape; values may leave [-1, 1].
-    A view shall choose as its image, so prototypes hardly mean what views differ in: besides K and
-    equal use, the names in cfg.forget are all the knowledge that is put in. place: a square inside
-    the image or around it (repeating its edge), its side drawn within cfg.view_size; mirror;
-    hue: channels change places, in half of the images also dark and bright; light: contrast,
-    brightness; saturation, a fifth grey."""
+    A view shall choose as its image, so prototypes hardly mean what views differ in. cfg.forget has
+    names of: place, a square inside the image or around it (repeating its edge), its side within
+    cfg.view_size; mirror; hue, channels change places, in half of the images also dark and bright;
+    light, contrast and brightness; saturation, a fifth grey."""
     B, C, S, _ = x.shape
     def uniform(low, high, n=1):                        # n numbers for each image, [B, 1, 1, n]
         return low + (high - low) * torch.rand(B, 1, 1, n, device=x.device)
@@ -1196,8 +1194,7 @@ def draw_curves(path, groups):
         fig.legend(*axes.get_legend_handles_labels(), loc="outside upper center")
 
 def draw_features(path, z, prototypes, panels):
-    """features.png: features z [N, D] and prototypes [K, D] in two dimensions, a panel a colouring.
-    panels: (title, group of each feature [N], names of the groups)."""
+    """features.png: z [N, D], prototypes [K, D]; panels: (title, group of each z [N], names)."""
     plane = torch.linalg.eigh(moments(z)[1]).eigenvectors[:, -2:].flip(1).float()   # [D, 2]
     stars = prototypes @ plane
     with drawing(path, 6.5 * len(panels), 5.5) as fig:
@@ -1215,8 +1212,7 @@ def draw_features(path, z, prototypes, panels):
         fig.suptitle("features z of held-out images (dots) and prototypes (stars, numbered)")
 
 def draw_usage(path, rows, table, classes):
-    """usage.png: prototypes in use over training, from log.csv; the contingency table [K, C], with
-    the prototypes in the order of their commonest class."""
+    """usage.png: prototypes in use over the log; the contingency table, by the commonest class."""
     K = len(table)
     order = table.argmax(1).argsort(stable=True)[:40]
     with drawing(path, 13, 4.5) as fig:
