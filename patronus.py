@@ -1721,8 +1721,7 @@ def train_run(cfg, given, load_data=load_sets):
     return sets
 
 def finish_run(cfg, sets, folder):
-    """Trains the latent model of a run that has come to its end, unless that is done -> load_run's.
-    It follows from the seed and the step alone, so a kill in between changes nothing."""
+    """Trains the latent model of a run at its end, unless that was done -> the run as load_run."""
     run = load_run(folder, cfg.device)
     if run.known.get("latent_step") != run.step:
         start = time.perf_counter()
@@ -1888,7 +1887,7 @@ def evaluate_patronus(cfg, run, sets, folder):
         figures.update({f"{kind}{name}": x for name, x in found.items()})
     write_metrics(cfg, run, figures, folder)
 
-def edit_image(cfg, run, given, folder):
+def edit_image(cfg, run, given):
     """--edit: an image with some activations set -> edit.png, and edited.png alone."""
     pairs = [word.split("=") for word in given.set.split(",")]
     chosen = [int(j) for j, _ in pairs]
@@ -1901,6 +1900,7 @@ def edit_image(cfg, run, given, folder):
     now = activations(run, images)[1]
     title = "\n".join(f"s_{j}: {s[0, j]:.2f}, set to {x:.2f}, now {now[j]:.2f}"
                       for j, x in zip(chosen, values[0]))
+    folder = new_folder(given.out, given.model / "edit")
     rows = ["the image", "reconstruction", "edited"]
     draw_grid(folder / "edit.png", torch.cat([image, images]), rows, title)
     torchvision.utils.save_image(images[1] / 255, folder / "edited.png")
@@ -2059,12 +2059,12 @@ def patronus(given):
         return
     run = load_run(folder, cfg.device)
     check(run.known.get("latent_step") == run.step, f"{folder} has not ended: --resume it first")
-    sets = [] if task in ("model", "sample") else load_traits(cfg)
-    check(task != "diagnose" or watched_traits(cfg, sets[1]), "no two held-out traits vary")
-    out = new_folder(given.out, folder / task.replace("model", "edit"))
     if task == "model":
-        edit_image(cfg, run, given, out)
-    elif task == "sample":
+        return edit_image(cfg, run, given)
+    sets = [] if task == "sample" else load_traits(cfg)
+    check(task != "diagnose" or watched_traits(cfg, sets[1]), "no two held-out traits vary")
+    out = new_folder(given.out, folder / task)
+    if task == "sample":
         sample_unconditional(cfg, run, out)
     elif task == "explain":
         explain(cfg, run, sets, out)
