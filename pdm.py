@@ -1112,7 +1112,7 @@ def inception_metrics(cfg, samples, real, device):
     """FID, IS, KID of uint8 samples against all training images; {} without weights, and a line."""
     net = load_inception(cfg.inception)
     if net is None:
-        progress("FID, IS, KID: not computed; ask with --inception download, or FILE", "\n")
+        print("FID, IS, KID: not computed; ask with --inception download, or FILE")
         return {}
     key = [fingerprint(real), fingerprint(*net.state_dict().values())]
     net.to(device)
@@ -1159,7 +1159,7 @@ def drawable(names):
     font = font_manager.get_font(font_manager.findfont("DejaVu Sans")).get_charmap()
     shown = [name if {*map(ord, name)} <= {*font} else str(i) for i, name in enumerate(names)]
     if shown != [*names]:
-        progress("pictures have numbers for names that the font cannot draw", "\n")
+        print("pictures have numbers for names that the font cannot draw")
     return shown
 
 def draw_grid(path, images, rows, title, columns=(), size=0.55):
@@ -1320,9 +1320,10 @@ def cached(path, key, make):
     return saved["content"]
 
 def new_folder(wanted, otherwise):
-    """Make the folder `wanted`, or one named by the time. Nothing is ever written over."""
+    """Make and print the folder `wanted`, or one named by the time. Nothing is written over."""
     folder = wanted or Path(f"{otherwise}-{datetime.datetime.now():%m%d-%H%M%S-%f}")
     folder.mkdir(parents=True)
+    print(folder)
     return folder
 
 def save_checkpoint(folder, step, known, log, parts):
@@ -1382,7 +1383,7 @@ def train_run(cfg, given, load_data=load_sets):
     if RANK == 0:
         sets = load_data(cfg)                           # faults show before a folder is made
         given.resume = given.resume or new_folder(given.out, f"runs/{SCRIPT}-{cfg.dataset}")
-        progress(f"{given.resume}, on {device}", "\n")
+        print(f"{given.resume}, on {device}")
         if not (given.resume / "checkpoint.pt").exists():
             new_run(cfg, sets, given.resume, device)
     if WORLD > 1:
@@ -1552,6 +1553,7 @@ def compare(folders, out):
     for run in runs:
         group = ", ".join(f"{name} {run['settings'][name]}" for name in differ)
         groups.setdefault(group or "all runs", []).append(run)
+    folder = new_folder(out, "runs/comparison")
     table = []
     for figure in dict.fromkeys(name for run in runs for name in run
                                 if isinstance(run[name], (int, float))):
@@ -1561,7 +1563,6 @@ def compare(folders, out):
             half = T_95[min(n - 2, 8)] * values.std(ddof=1) / n ** 0.5 if n > 1 else math.nan
             table.append(dict(figure=figure, group=group, runs=n, mean=values.mean(), half=half))
             print(f"{figure:20} {group:40} {values.mean():12,.5g} +- {half:.2g} ({n})")
-    folder = new_folder(out, "runs/comparison")
     write_csv(folder / "comparison.csv", table)
     draw_curves(folder / "comparison.png", groups)
     print(f"{folder}: mean, half of the 95 % interval, and number of runs")
@@ -1586,14 +1587,14 @@ def settings_parser():
     parser.add_argument("--out", type=user_path, help="a new folder for what is made")
     tasks = parser.add_mutually_exclusive_group()
     for task in Config.TASKS:
-        tasks.add_argument(f"--{task}", metavar="RUN", type=user_path, help=f"{task} this run")
+        tasks.add_argument(f"--{task}", metavar="RUN", type=user_path, help="an earlier run")
     tasks.add_argument("--compare", type=user_path, nargs="+", help="a table of finished runs")
     return parser
 
 def without_effect(given, names, where):
     """Raises Stop if one of these flags was given: it has no effect there."""
     for name in names:
-        check(getattr(given, name) is None, f"{name} has no effect {where}")
+        check(getattr(given, name) is None, f"--{name.replace('_', '-')} has no effect {where}")
 
 def check_settings(cfg):
     """Raises Stop for impossible values -> cfg. A default above 0 of whole numbers means >= 1."""
@@ -1674,11 +1675,11 @@ def pdm(given):
     run = load_run(folder, cfg.device)
     check(run.step > 0, f"{folder} is not trained yet: --resume it first")
     if task == "evaluate":
-        evaluate_pdm(cfg, run, load_sets(cfg), new_folder(given.out, folder / "evaluation"))
+        evaluate_pdm(cfg, run, load_sets(cfg), new_folder(given.out, folder / task))
         return
     k = asked_conditions(cfg, run, given)
     images = generate(cfg, run, k)
-    out = new_folder(given.out, folder / "samples")
+    out = new_folder(given.out, folder / task)
     title = f"step {run.step}, guidance {cfg.guidance}"
     save_samples(out, images, k, condition_names(cfg, run), title)
 

@@ -167,7 +167,7 @@ def start_at_class_means(learner, data, device):
     learner[-1].bias -= z.mean(0)
     z -= z.mean(0)
     for label, own in enumerate(learner.prototypes):    # [K, D]
-        own.mul_(len(own) > 1).add_(z[data.labels == label].mean(0))
+        own.mul_(0.1 * (len(own) > 1)).add_(z[data.labels == label].mean(0))
 
 def learn_prototypes(data, cfg, device):
     """Stage 1 -> a PrototypeLearner, trained on `data`. From a random start prototypes hardly move:
@@ -986,7 +986,7 @@ def inception_metrics(cfg, samples, real, device):
     """FID, IS, KID of uint8 samples against all training images; {} without weights, and a line."""
     net = load_inception(cfg.inception)
     if net is None:
-        progress("FID, IS, KID: not computed; ask with --inception download, or FILE", "\n")
+        print("FID, IS, KID: not computed; ask with --inception download, or FILE")
         return {}
     key = [fingerprint(real), fingerprint(*net.state_dict().values())]
     net.to(device)
@@ -1016,7 +1016,7 @@ def drawable(names):
     font = font_manager.get_font(font_manager.findfont("DejaVu Sans")).get_charmap()
     shown = [name if {*map(ord, name)} <= {*font} else str(i) for i, name in enumerate(names)]
     if shown != [*names]:
-        progress("pictures have numbers for names that the font cannot draw", "\n")
+        print("pictures have numbers for names that the font cannot draw")
     return shown
 
 def draw_grid(path, images, rows, title, columns=(), size=0.55):
@@ -1066,7 +1066,7 @@ def draw_prototypes(path, learner, data, device):
         axes.plot(*stars.T, "k*", markersize=14)
         for c, name in enumerate(drawable(data.classes[:40])):
             centre = (z[data.labels == c].mean(0) @ plane).nan_to_num()     # of no image: 0
-            axes.annotate(name, stars[K * c], centre, ha="center", arrowprops=dict(arrowstyle="-"))
+            axes.annotate(name, stars[K * c], centre, arrowprops=dict(arrowstyle="-"))
     return dict(stage1_accuracy=accuracy, prototype_norm=prototypes.norm(dim=1).mean().item(),
                 prototype_distance=torch.cdist(prototypes, prototypes).mean().item())
 
@@ -1153,9 +1153,10 @@ def cached(path, key, make):
     return saved["content"]
 
 def new_folder(wanted, otherwise):
-    """Make the folder `wanted`, or one named by the time. Nothing is ever written over."""
+    """Make and print the folder `wanted`, or one named by the time. Nothing is written over."""
     folder = wanted or Path(f"{otherwise}-{datetime.datetime.now():%m%d-%H%M%S-%f}")
     folder.mkdir(parents=True)
+    print(folder)
     return folder
 
 def save_checkpoint(folder, step, known, log, parts):
@@ -1215,7 +1216,7 @@ def train_run(cfg, given, load_data=load_sets):
     if RANK == 0:
         sets = load_data(cfg)                           # faults show before a folder is made
         given.resume = given.resume or new_folder(given.out, f"runs/{SCRIPT}-{cfg.dataset}")
-        progress(f"{given.resume}, on {device}", "\n")
+        print(f"{given.resume}, on {device}")
         if not (given.resume / "checkpoint.pt").exists():
             new_run(cfg, sets, given.resume, device)
     if WORLD > 1:
@@ -1281,6 +1282,7 @@ def compare(folders, out):
     for run in runs:
         group = ", ".join(f"{name} {run['settings'][name]}" for name in differ)
         groups.setdefault(group or "all runs", []).append(run)
+    folder = new_folder(out, "runs/comparison")
     table = []
     for figure in dict.fromkeys(name for run in runs for name in run
                                 if isinstance(run[name], (int, float))):
@@ -1290,7 +1292,6 @@ def compare(folders, out):
             half = T_95[min(n - 2, 8)] * values.std(ddof=1) / n ** 0.5 if n > 1 else math.nan
             table.append(dict(figure=figure, group=group, runs=n, mean=values.mean(), half=half))
             print(f"{figure:20} {group:40} {values.mean():12,.5g} +- {half:.2g} ({n})")
-    folder = new_folder(out, "runs/comparison")
     write_csv(folder / "comparison.csv", table)
     draw_curves(folder / "comparison.png", groups)
     print(f"{folder}: mean, half of the 95 % interval, and number of runs")
@@ -1315,14 +1316,14 @@ def settings_parser():
     parser.add_argument("--out", type=user_path, help="a new folder for what is made")
     tasks = parser.add_mutually_exclusive_group()
     for task in Config.TASKS:
-        tasks.add_argument(f"--{task}", metavar="RUN", type=user_path, help=f"{task} this run")
+        tasks.add_argument(f"--{task}", metavar="RUN", type=user_path, help="an earlier run")
     tasks.add_argument("--compare", type=user_path, nargs="+", help="a table of finished runs")
     return parser
 
 def without_effect(given, names, where):
     """Raises Stop if one of these flags was given: it has no effect there."""
     for name in names:
-        check(getattr(given, name) is None, f"{name} has no effect {where}")
+        check(getattr(given, name) is None, f"--{name.replace('_', '-')} has no effect {where}")
 
 def check_settings(cfg):
     """Raises Stop for impossible values -> cfg. A default above 0 of whole numbers means >= 1."""
@@ -1391,7 +1392,7 @@ def protodiffusion(given):
     run = load_run(folder, cfg.device)
     check(run.step > 0, f"{folder} is not trained yet: --resume it first")
     if task == "evaluate":
-        evaluate_classes(cfg, run, load_sets(cfg), new_folder(given.out, folder / "evaluation"))
+        evaluate_classes(cfg, run, load_sets(cfg), new_folder(given.out, folder / task))
         return
     classes = run.known["classes"]
     wanted = given.labels.split(",") if given.labels else classes
@@ -1401,7 +1402,7 @@ def protodiffusion(given):
     K = cfg.prototypes_per_class
     rows = evenly(targets[chosen[targets // K]], cfg.num_samples)
     images = generate(cfg, run, rows)
-    out = new_folder(given.out, folder / "samples")
+    out = new_folder(given.out, folder / task)
     save_samples(out, images, rows // K, classes, f"step {run.step}, guidance {cfg.guidance}")
 
 def main(argv=None):

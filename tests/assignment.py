@@ -24,7 +24,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = [ROOT / f"{name}.py" for name in ("protodiffusion", "pdm", "patronus") if (ROOT / f"{name}.py").exists()]
 COPIED = ("protodiffusion.py", "pdm.py", "patronus.py", "tutorial.ipynb", "LICENSE", "requirements.txt", "pytest.ini",
-          ".gitignore", "assets/*.png", "tests/assignment.py", "tests/conftest.py", "tests/test_exercises.py", "tests/recorded.json")
+          ".gitignore", "assets/*.*", "tests/assignment.py", "tests/conftest.py", "tests/test_exercises.py", "tests/recorded.json")
 
 class Exercise(NamedTuple):
     level: int                      # 1 to 3

@@ -210,11 +210,11 @@ class prototype_loss:
     }
 
 class contrastive_loss:
-    def right_by_logsumexp(d, k, tau):
+    def right_by_logsumexp(d, k, tau=1.0):
         near = d[torch.arange(len(k)), k]
         return (tau * near + torch.logsumexp(-tau * d, dim=1)).mean()
 
-    def right_by_log_softmax(d, k, tau):
+    def right_by_log_softmax(d, k, tau=1.0):
         return -F.log_softmax(-d * tau, dim=-1).gather(1, k.unsqueeze(1)).mean()
 
     wrong = {
@@ -327,17 +327,15 @@ class swapped_loss:
     }
 
 class PrototypeAttention_forward:
-    def right_by_einsum(self, h, tokens, bias=None):
+    def right_by_einsum(self, h, tokens):
         B, C, H, W = h.shape
         q = self.q(self.norm(h).permute(0, 2, 3, 1).reshape(B, H * W, C)).view(B, H * W, self.heads, -1)
         k, v = (part.reshape(B, tokens.shape[1], self.heads, -1) for part in self.kv(tokens).chunk(2, dim=-1))
         scores = torch.einsum("bphc,bnhc->bhpn", q, k) / math.sqrt(C / self.heads)
-        if bias is not None:
-            scores = scores + bias[:, None, None, :]
         mixed = torch.einsum("bhpn,bnhc->bphc", scores.softmax(-1), v).reshape(B, H * W, C)
         return h + self.out(mixed).permute(0, 2, 1).view(B, C, H, W)
 
-    def right_head_by_head(self, h, tokens, bias=None):
+    def right_head_by_head(self, h, tokens):
         B, C, H, W = h.shape
         q = self.q(self.norm(h).flatten(2).mT)
         k, v = self.kv(tokens).split(C, dim=2)
@@ -346,24 +344,20 @@ class PrototypeAttention_forward:
         for i in range(self.heads):
             part = slice(i * c, (i + 1) * c)
             scores = q[..., part] @ k[..., part].mT * c ** -0.5
-            if bias is not None:
-                scores = scores + bias.unsqueeze(1)
             found.append(scores.softmax(2) @ v[..., part])
         return h + self.out(torch.cat(found, 2)).mT.reshape(B, C, H, W)
 
     wrong = {
         "nothing is added to": ("h + found", "found"),
         "no gradient through the softmax": (
-            "F.scaled_dot_product_attention(q, k, v, mask)",
-            "F.scaled_dot_product_attention(q.detach(), k.detach(), v, mask)"),
-        "no bias": ("None if bias is None else bias[:, None, None].to(q.dtype)", "None"),
-        "needs a bias": ("None if bias is None else ", ""),
+            "F.scaled_dot_product_attention(q, k, v)",
+            "F.scaled_dot_product_attention(q.detach(), k.detach(), v)"),
         "one head": ("self.heads", "1"),
         "pixels not normalised": ("self.norm(h)", "h"),
         "keys and values exchanged": ("k, v = kv", "v, k = kv"),
         "softmax over pixels": (
-            "F.scaled_dot_product_attention(q, k, v, mask)",
-            "(q @ k.mT / q.shape[-1] ** 0.5 + (0 if mask is None else mask)).softmax(2) @ v"),
+            "F.scaled_dot_product_attention(q, k, v)",
+            "(q @ k.mT / q.shape[-1] ** 0.5).softmax(2) @ v"),
         "scale of all channels": (
             "F.scaled_dot_product_attention(q,",
             "F.scaled_dot_product_attention(q / self.heads ** 0.5,"),
@@ -384,7 +378,7 @@ class PDM_learn:
             if k is None:
                 k = (z[:, None] - e).norm(dim=2).argmin(dim=1)
             if not self.two_views:
-                contrastive = contrastive_loss(distances(z, e), k, cfg.tau)
+                contrastive = contrastive_loss(distances(z, e), k)
             losses = dict(contrastive=contrastive, alignment=alignment_loss(z, e, k))
             if label is None:
                 losses["compactness"] = compactness_loss(e)
@@ -412,7 +406,7 @@ class PDM_learn:
             if len(parts) > 1:
                 first = swapped_loss([part @ e.mT for part in parts])
             else:
-                first = contrastive_loss(d, k, cfg.tau)
+                first = contrastive_loss(d, k)
             losses = {"contrastive": first, "alignment": alignment_loss(z, e, k)}
             if label is None:
                 losses["compactness"] = compactness_loss(e)
@@ -443,7 +437,6 @@ class PDM_learn:
         "dead below 1 % of all": ("0.01 / len(e)", "0.01"),
         "prototypes not of length one": ("self.normed(self.prototypes)", "self.prototypes"),
         "label ignored": ("d.argmin(1) if label is None else label", "d.argmin(1)"),
-        "tau ignored": ("cfg.tau", "1.0"),
     }
 
 class receptive_field:

@@ -3,9 +3,9 @@ import csv
 import importlib
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
+from subprocess import PIPE, STDOUT, Popen
 
 import numpy as np
 import pytest
@@ -27,16 +27,16 @@ TINY = dict(
     latent_width=8, latent_timesteps=21, invert_steps=2, pairs=12, steps=6, batch_size=8, lr=2e-3,
     save_every=2, seed=0, device="cpu", amp="off", num_samples=20, sampler="dpmpp", sample_steps=2, judge_steps=3,
     judge_width=4, inception="off")
+IDLE = {("prototypes", "random"): ("learner_steps", "learner_width"), ("supervised", True): ("num_prototypes",),
+        ("conditioning", "none"): ("num_prototypes", "prototype_dim")}
 
 def flags(**settings):
     """Settings as words of the command line."""
     words = []
     for name, value in settings.items():
-        flag = name.replace("_", "-")
-        if isinstance(value, bool):
-            words.append(f"--{flag}" if value else f"--no-{flag}")
-        else:
-            words += [f"--{flag}", str(value)]
+        words.append("--" + "no-" * (value is False) + name.replace("_", "-"))
+        if not isinstance(value, bool):
+            words.append(str(value))
     return words
 
 def settings(script, **changes):
@@ -50,13 +50,7 @@ def config(script, **changes):
 def args(script, **changes):
     """As flags; those of TINY that have no effect beside the changes, and would be refused, are left out."""
     given = settings(script, **changes)
-    idle = []
-    if given.get("prototypes") == "random":
-        idle += ["learner_steps", "learner_width"]
-    if given.get("supervised") or given.get("conditioning") == "none":
-        idle += ["num_prototypes"]
-    if given.get("conditioning") == "none":
-        idle += ["prototype_dim"]
+    idle = {name for setting, names in IDLE.items() if setting in given.items() for name in names}
     return flags(**{name: value for name, value in given.items() if name in changes or name not in idle})
 
 def contents(folder):
@@ -70,7 +64,7 @@ def checkpoint(folder):
     return torch.load(folder / "checkpoint.pt", weights_only=True)
 
 def metrics(folder):
-    return json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    return json.loads((folder / "metrics.json").read_text(encoding="utf-8"), parse_constant=pytest.fail)
 
 def samples(folder):
     """The images in samples.npz, and what they were drawn from."""
@@ -96,9 +90,8 @@ def refused(script, capsys, arguments, *words):
         status = stop.code
     error = capsys.readouterr().err
     lines = [line for line in error.splitlines() if line.strip() and not line.startswith(("usage:", " "))]
-    assert status == 2 and len(lines) == 1 and "Traceback" not in error, error
-    for word in words:
-        assert str(word) in lines[0], lines[0]
+    assert status == 2 and len(lines) == 1, f"{arguments}: {error}"
+    assert all(str(word) in lines[0] for word in words), f"{words}: {lines[0]}"
 
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
@@ -128,9 +121,8 @@ def small(tmp_path_factory):
     """One thread, as in processes of their own; small sets of shapes; and a folder whose data/ keeps caches."""
     torch.set_num_threads(1)
     os.chdir(tmp_path_factory.mktemp("here"))
-    for name in SCRIPTS:
-        if name in sys.modules:                                     # another may be half written
-            shrink(sys.modules[name])
+    for name in {*SCRIPTS} & {*sys.modules}:                        # another may be half written
+        shrink(sys.modules[name])
 
 @pytest.fixture(scope="session", params=SCRIPTS)
 def script(request):
@@ -180,14 +172,13 @@ LONGEST = "tests/test_tutorial.py::test_every_cell_runs_on_reduced_settings"
 def pytest_collection_finish(session):
     """If all tests run, the longest has a process of its own from the start, and at the end waits for it."""
     if len(session.items) > 300 and LONGEST in {item.nodeid for item in session.items}:
-        session.config.longest = subprocess.Popen(
-            [sys.executable, "-m", "pytest", "-q", LONGEST], cwd=ROOT, text=True, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT)
+        command = [sys.executable, "-m", "pytest", "-q", LONGEST]
+        session.config.longest = Popen(command, cwd=ROOT, text=True, stdout=PIPE, stderr=STDOUT)
 
 def pytest_terminal_summary(terminalreporter, config):
     """-k with a name that is nowhere: the exercises there are. In a handout: where else a body belongs."""
-    asked, ran = config.option.keyword, terminalreporter.stats
-    if asked and not any(ran.get(kind) for kind in ("passed", "failed", "error", "skipped")):
+    asked = config.option.keyword
+    if asked and not {"passed", "failed", "error", "skipped"} & {*terminalreporter.stats}:
         terminalreporter.line(f"no test is called {asked}; the exercises are {', '.join(EXERCISES)}")
     for name in taken_out(ROOT):
         if "--copy" in state(name) and (not asked or name in asked):

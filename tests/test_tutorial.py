@@ -18,6 +18,10 @@ CODE = [cell for cell in CELLS if cell["cell_type"] == "code"]
 TEXT = "\n".join("".join(cell["source"]) for cell in CELLS if cell["cell_type"] == "markdown")
 SCRIPTS = {name: importlib.import_module(name) for name in ("protodiffusion", "pdm", "patronus")}
 
+@pytest.fixture(autouse=True)
+def beside_the_scripts(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
 def test_every_cell_runs_on_reduced_settings(monkeypatch, capsys, pytestconfig):
     if apart := getattr(pytestconfig, "longest", None):                 # already on its way: see conftest.py
         said = apart.communicate()[0]
@@ -27,7 +31,6 @@ def test_every_cell_runs_on_reduced_settings(monkeypatch, capsys, pytestconfig):
     import matplotlib.pyplot as plt
     shown = []
     monkeypatch.setattr(plt, "show", lambda: (shown.append(len(plt.get_fignums())), plt.close("all")))
-    monkeypatch.chdir(ROOT)
     for script in SCRIPTS.values():                                     # more images than `small` leaves, its cells take 1000
         monkeypatch.setattr(script, "SHAPE_SPLITS", {"train": (2000, 0), "test": (1000, 1), "judge": (400, 12)})
     names = {"__name__": "__main__"}
