@@ -1707,7 +1707,7 @@ def train_run(cfg, given, load_data=load_sets):
     if RANK == 0:
         sets = load_data(cfg)                           # faults show before a folder is made
         given.resume = given.resume or new_folder(given.out, f"runs/{SCRIPT}-{cfg.dataset}")
-        print(f"{given.resume}, on {device}")
+        print(f"on {device}")
         if not (given.resume / "checkpoint.pt").exists():
             new_run(cfg, sets, given.resume, device)
     if WORLD > 1:
@@ -1925,9 +1925,8 @@ def write_metrics(cfg, run, figures, folder):
 T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)     # Student's t, 97.5 %
 
 def compare(folders, out):
-    """Finished runs (comparisons are passed over): comparison.csv, a table of all figures, which is
-    also printed; comparison.png. Runs that differ only in their seed are a group, with mean and
-    half of the 95 % interval, named by the settings in which groups differ."""
+    """Finished runs (comparisons are passed over) -> comparison.png, and comparison.csv, printed:
+    of runs that differ only in their seed the mean of each figure, half of its 95 % interval."""
     runs = [load(folder / "metrics.json") for folder in dict.fromkeys(map(Path.resolve, folders))
             if not (folder / "comparison.csv").exists()]
     check(runs and all(run["settings"].keys() == vars(Config()).keys() for run in runs),
