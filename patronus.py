@@ -33,6 +33,7 @@ import dataclasses
 import datetime
 import glob
 import hashlib
+import io
 import json
 import math
 import os
@@ -965,23 +966,23 @@ def split_off(items, train):
             chosen.append(items[i])
     return chosen
 
-ENDINGS = (".png .jpg .jpeg .jpe .jfif .gif .bmp .tif .tiff .webp .avif .jp2 "
+ENDINGS = (".png .jpg .jpeg .jpe .jfif .gif .bmp .tif .tiff .webp .avif .heic .heif .jp2 "
            ".ppm .pgm .pbm .pnm").split()
-SERVICE = {"@eaDir", "#recycle", "$RECYCLE.BIN", "__MACOSX", "lost+found"}  # of drives and systems
-PART = "train|test|val"
-# A class is not called as a part is, in whatever case: Test, training, train2017, val_images.
-CLASS = (r"(?!(?i:(train|test|valid?|eval|dev)(ing|ation|uation)?[-_. ]?"
-         r"(set|data|split|images?|\d+)?)$)[^/\ud800-\udfff]+")
-LAYOUTS = ("()()", f"()({CLASS})", f"({PART})()", f"({PART})/({CLASS})")    # a folder: part, class
-LAYOUT = ("wanted are <class>/*.png, or train/<class>/*.png with or without test/ and val/; or, "
-          "without classes, *.png or train/*.png; all images at one depth, UTF-8 names of folders")
+SERVICE = {"@eaDir", "#recycle", "@Recycle", "$RECYCLE.BIN", "__MACOSX", "lost+found"}  # of systems
+# A class is not called as a part is, in whatever case: Test, training, train2017, seg_train, testA.
+CLASS = (r"(?!(?i:(\w+_)?(train|test|val|valid|eval|dev)(ing|ation|uation)?[-_. ]?"
+         r"(set|data|split|images?|\d+|[ab])?)$)[^/\ud800-\udfff]+")
+LAYOUTS = ("()()", f"()({CLASS})", "(train|test|val)()", f"(train|test|val)/({CLASS})")
+LAYOUT = ("wanted are <class>/*.png, or train/<class>/*.png with or without test/ and val/; without "
+          "classes *.png or train/*.png; all at one depth, no class called as a part or not in UTF-8")
 
 def open_folder(root, train):
     """A folder of images as in LAYOUT -> items (file, label), names of classes. What is in test/ or
     val/ is held out, or else a tenth. Hidden files are skipped, links are followed."""
-    files = [file for file in sorted(map(Path, glob.glob("**/*", root_dir=root, recursive=True)))
+    depths = [glob.glob("*/" * depth + "*", root_dir=root) for depth in range(9)]
+    files = [file for file in sorted(map(Path, sum(depths, [])))
              if file.suffix.lower() in ENDINGS and not SERVICE & {*file.parts}]
-    check(files, f"there are no images in {root}: {LAYOUT}")
+    check(files, f"there is no folder {root}, or no image in it: {LAYOUT}")
     folders = [unicodedata.normalize("NFC", "/".join(file.parts[:-1])) for file in files]
     layouts = [[re.fullmatch(layout, folder) for folder in folders] for layout in LAYOUTS]
     found = max(layouts, key=lambda fits: sum(map(bool, fits)))     # the layout of most files
@@ -1009,8 +1010,8 @@ def decode(image, size, mode="RGB"):
     shorter side scaled, centre kept, transparency on white. Raises Stop for more than 8 bits."""
     if not isinstance(image, Image.Image):
         image = Image.open(image)
-        deep = image.mode[0] in "IF" or ";16" in str(image.tile)
-        check(not deep, "more than 8 bits: convert it to 8 bits first")
+        check(image.mode[0] not in "IF" and ";16" not in str(image.tile),
+              "more than 8 bits: convert it to 8 bits first")
         with contextlib.suppress(Exception):            # damaged notes of a camera turn nothing
             image = ImageOps.exif_transpose(image)
     if image.has_transparency_data:
@@ -1033,7 +1034,7 @@ def decode_all(items, size):
     with ThreadPoolExecutor() as pool:
         for i, _ in enumerate(pool.map(fetch, range(len(items)))):
             progress(f"decoding: {i + 1}/{len(items)}")
-    check(not faults, f"{len(faults)} images cannot be read: {'; '.join(sorted(faults))}")
+    check(not faults, f"these images cannot be read: {'; '.join(sorted(faults))}")
     return images, labels
 
 def load_dataset(name, split="train", image_size=None, data_dir="data"):
@@ -1047,12 +1048,12 @@ def load_dataset(name, split="train", image_size=None, data_dir="data"):
     root = Path(data_dir)
     try:
         items, classes = data_sets[name](root, split == "train")
+        key = [*classes]
+        if isinstance(items, list):                     # of files, which may change
+            key += [f"{str(file)!a} {os.stat(file).st_size} {os.stat(file).st_mtime_ns}"
+                    for file, _ in items]
     except (OSError, RuntimeError) as error:
         raise Stop(f"{name} in {root}: {error}; check --data-dir and the network") from None
-    key = [*classes]
-    if isinstance(items, list):                         # of files, which may change
-        key += [f"{str(file)!a} {os.stat(file).st_size} {os.stat(file).st_mtime_ns}"
-                for file, _ in items]
     path = root / f"prototype-{name}-{split}-{size}.pt"
     images, labels = cached(path, key, lambda: decode_all(items, size))
     return Dataset(images, labels, classes)
@@ -1062,7 +1063,7 @@ def load_sets(cfg):
     sets = [load_dataset(cfg.dataset, split, cfg.image_size, cfg.data_dir)
             for split in ("train", "test")]
     check(sets[0].classes or not cfg.labelled, f"the images have no classes: {LAYOUT}")
-    check(len(sets[0].images) > 1 and len(sets[1].images), "too few images, or none held out")
+    check(len(sets[0].images) > 1 and len(sets[1].images), f"{cfg.data_dir} has too few images")
     if all((data.images == data.images[:, :1]).all() for data in sets):
         for data in sets:
             data.images = data.images[:, :1].clone()
@@ -1161,7 +1162,7 @@ def resnet(channels, side, width=64, imagenet=False):
 
 def fit(net, images, targets, loss, steps, cfg, seed):
     """Train a classifier by loss(net(x), target), 128 images a step -> the net, in eval mode."""
-    device = next(net.parameters()).device
+    device = find_device(cfg.device)
     optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3, weight_decay=0.05, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps + 1)
     images = place_images(images, device)
@@ -1202,7 +1203,7 @@ def load_trait_judge(cfg, data, device):
         fit(net, real.images, known.float(), loss, cfg.judge_steps, cfg, "judge")
         return net.state_dict(), moments(features_of(features, real.images, device))
     name = f"prototype-traits-{cfg.dataset}-{cfg.image_size}-{cfg.judge_width}-{cfg.judge_steps}.pt"
-    key = [fingerprint(real.images, known), names, cfg.mirror]
+    key = [cfg.mirror, names, fingerprint(real.images, known)]
     weights, real_moments = cached(Path(cfg.data_dir, name), key, make)
     net.load_state_dict(weights)
     return net.eval().requires_grad_(False), real_moments
@@ -1383,8 +1384,8 @@ def disentanglement(s, known):
 
 @torch.no_grad()
 def standardise(layers, x):
-    """Scale and shift the weights so that on x [N, C, H, W] every channel of every convolution has
-    mean 0 and std 1, and the features total variance 1 -> these features."""
+    """Scale and shift weights: every channel of each convolution of x [N, C, H, W] gets mean 0 and
+    std 1, the features total variance 1 -> these features."""
     for layer in layers:
         x = layer(x)
         if isinstance(layer, nn.Conv2d):
@@ -1400,8 +1401,7 @@ def standardise(layers, x):
 
 @torch.no_grad()
 def spread_points(z, n, seed):
-    """k-means++ (Arthur & Vassilvitskii 2007): n of the points z [N, D], far apart -> [n, D].
-    Each is drawn with probability proportional to its squared distance to the nearest drawn."""
+    """k-means++ (Arthur & Vassilvitskii 2007): n of the points z [N, D], far apart -> [n, D]."""
     gen = torch.Generator().manual_seed(seed_of(seed, "k-means"))
     chosen = [torch.randint(len(z), (), generator=gen)]
     nearest = (z - z[chosen[0]]).square().sum(1)        # squared distance to the nearest, [N]
@@ -1438,8 +1438,8 @@ def prototype_state(s):
     return live, dead
 
 def diverse(s, n):
-    """Up to n live prototypes that tell different things, by s [N, m] of held-out images: the one
-    that varies most, then each time the one whose largest correlation with these is least."""
+    """Up to n live prototypes, by s [N, m] of images: that which varies most, then each time that
+    whose largest correlation with these is least."""
     live, _ = prototype_state(s)
     alike = correlation(s).abs()
     chosen = [torch.where(live, s.std(0), -1).argmax().item()]
@@ -1476,9 +1476,8 @@ def draw_grid(path, images, rows, title, columns=(), size=0.55):
         axes.imshow(tiles.permute(1, 2, 0), interpolation="nearest")
         axes.set_yticks(centres[:len(rows)], rows)
         axes.set_xticks(centres[:len(columns)], columns, fontsize="small")
-        axes.tick_params(length=0)
         axes.set_frame_on(False)
-        axes.set_title(title, wrap=True)
+        axes.set_title(title)
 
 def draw_curves(path, groups):
     """Runs (group -> list of metrics.json) over steps and over seconds, with those before training:
@@ -1613,16 +1612,17 @@ def random_index(N, n, *key):
 def save(content, path):
     """Write a file, all or nothing: a kill leaves the old one or the new one. A .json file has null
     for what is not finite, as JSON has no such numbers; any other is torch.save's."""
+    data = io.BytesIO()                                 # on a full disk torch.save hides the fault
+    if path.suffix == ".json":
+        content = json.loads(json.dumps(content), parse_constant=lambda name: None)
+        data.write(json.dumps(content, indent=1).encode())
+    else:
+        torch.save(content, data)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(f"{path}.{os.getpid()}.tmp")
     with open(temporary, "wb") as file:
-        if path.suffix == ".json":
-            content = json.loads(json.dumps(content), parse_constant=lambda name: None)
-            file.write(json.dumps(content, indent=1).encode())
-        else:
-            torch.save(content, file)
-        file.flush()
-        os.fsync(file)                                  # a power cut would leave it empty
+        file.write(data.getbuffer())
+        os.fsync(file)                                  # else a power cut could leave it empty
     os.replace(temporary, path)
 
 def load(path):
@@ -1761,31 +1761,31 @@ def explain(cfg, run, sets, folder):
         drawn = [to_uint8(sketch)]
     draw("variations", [few, *drawn, *vary(cfg, run, few, 8).split(8)],
          ["real", *["sketch"] * len(drawn), *["same s"] * 8],
-         "Variations: the same s, other noise. What stays is what the model takes from s")
+         "Variations: the same s, other noise.\nWhat stays is what the model takes from s")
     draw("interpolation", [interpolate(cfg, run, pair) for pair in few.split(2)], [""] * 4,
-         "Interpolation: from one image to another, linear in s, spherical in the noise")
+         "Interpolation: from one image to another,\nlinear in s, spherical in the noise")
     share = torch.tensor([0, 0.25, 0.5, 0.75, 1, 1.5])
     courses = [move(cfg, run, few[:1], j, share * s_all[:, j].max(), s_all) for j in chosen]
     draw("extrapolation", courses, names,
-         "Extrapolation: s_j from 0 past its largest on real images (1)", share.tolist())
+         "Extrapolation: s_j from 0\npast its largest on real images (1)", share.tolist())
     raised, again = raise_prototypes(cfg, run, few, chosen, s_all)
     rows = []
     for i, j in enumerate(chosen, 1):
         best = (again[i] - again[0])[:, j].argmax()     # where it rises most
         real = images[s_all[:, j].topk(6).indices]
         rows.append(framed(run, torch.stack([raised[0, best], raised[i, best], *real]), [j] * 8))
-    draw("prototypes", rows, names, "What: an image before and after s_j is raised, and the real "
-         "patches that activate prototype j most", ["before", "raised", *["real"] * 6])
+    draw("prototypes", rows, names, "What: an image before and after s_j is raised,\n"
+         "and the real patches that activate j most", ["before", "raised", *["real"] * 6])
     counts = [f"no. {j}: {n}/8" for j, n in zip(chosen, responses(again, chosen).sum(1).tolist())]
-    draw("consistency", [*raised], ["unedited", *counts], "Consistency: does raising a prototype "
-         "do the same to every image? (in how many s_j, encoded again, is larger)")
+    draw("consistency", [*raised], ["unedited", *counts], "Consistency: does raising do the same\n"
+         "to every image? (in how many s_j, encoded again, is larger)")
     local = [j for j in chosen if j < run.model.local]  # of whole images there is one activation
     maps = features_of(run.model.maps, few, run.device)[:, local]
     low = maps.amin((0, 2, 3), keepdim=True)
     maps = (maps - low) / (maps.amax((0, 2, 3), keepdim=True) - low).clamp(min=1e-6)
     draw("where", [few, *(heat_maps(run, few, part) for part in maps.unbind(1))],
          ["real", *(f"no. {j}" for j in local)],
-         "Where: the activation by each patch, from the least to the largest of these images")
+         "Where: the activation by each patch,\nfrom the least to the largest of these images")
     explain_when(cfg, run, sets, some, folder)
 
 def emerged_at(course, share=0.9):
@@ -1854,8 +1854,8 @@ def measure_traits(cfg, run, sets, folder=None):
         leak, seen = diagnose(cfg, run, judge, data)
         figures.update(leak)
         if folder:
-            shown = [drawable(names)[trait] for trait in pair]
-            draw_diagnosis(folder / "diagnosis.png", leak, seen, *shown)
+            shown = drawable(names)
+            draw_diagnosis(folder / "diagnosis.png", leak, seen, *(shown[trait] for trait in pair))
     return figures, told
 
 def prototype_figures(cfg, run, images):

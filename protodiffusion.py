@@ -33,6 +33,7 @@ import dataclasses
 import datetime
 import glob
 import hashlib
+import io
 import json
 import math
 import os
@@ -335,7 +336,6 @@ def sample(predict, xT, abar, steps=20, sampler="dpmpp", clip=True, generator=No
 def generate(cfg, run, conditions):
     """An image for each condition (int64 [N], -1: none) -> uint8 [N, C, H, W] on the CPU. run has
     model, known, device. The same cfg.seed and sample_batch give the same images."""
-    abar = alpha_bars(cfg.timesteps)
     gen = torch.Generator(run.device)
     images = []
     for i, given in enumerate(conditions.to(run.device).split(cfg.sample_batch)):
@@ -345,7 +345,8 @@ def generate(cfg, run, conditions):
         def predict(x, t):
             with autocast(run.device, cfg.amp):
                 return guided_noise(run.model.denoise, x, t, given, null, cfg.guidance)
-        x0 = sample(predict, xT, abar, cfg.sample_steps, cfg.sampler, generator=gen)
+        x0 = sample(predict, xT, alpha_bars(cfg.timesteps), cfg.sample_steps, cfg.sampler,
+                    generator=gen)
         check(x0.isfinite().all(), "the samples are not numbers: try --amp off, or a lower --lr")
         images.append(to_uint8(x0))
     return torch.cat(images)
@@ -689,23 +690,23 @@ def split_off(items, train):
             chosen.append(items[i])
     return chosen
 
-ENDINGS = (".png .jpg .jpeg .jpe .jfif .gif .bmp .tif .tiff .webp .avif .jp2 "
+ENDINGS = (".png .jpg .jpeg .jpe .jfif .gif .bmp .tif .tiff .webp .avif .heic .heif .jp2 "
            ".ppm .pgm .pbm .pnm").split()
-SERVICE = {"@eaDir", "#recycle", "$RECYCLE.BIN", "__MACOSX", "lost+found"}  # of drives and systems
-PART = "train|test|val"
-# A class is not called as a part is, in whatever case: Test, training, train2017, val_images.
-CLASS = (r"(?!(?i:(train|test|valid?|eval|dev)(ing|ation|uation)?[-_. ]?"
-         r"(set|data|split|images?|\d+)?)$)[^/\ud800-\udfff]+")
-LAYOUTS = ("()()", f"()({CLASS})", f"({PART})()", f"({PART})/({CLASS})")    # a folder: part, class
-LAYOUT = ("wanted are <class>/*.png, or train/<class>/*.png with or without test/ and val/; or, "
-          "without classes, *.png or train/*.png; all images at one depth, UTF-8 names of folders")
+SERVICE = {"@eaDir", "#recycle", "@Recycle", "$RECYCLE.BIN", "__MACOSX", "lost+found"}  # of systems
+# A class is not called as a part is, in whatever case: Test, training, train2017, seg_train, testA.
+CLASS = (r"(?!(?i:(\w+_)?(train|test|val|valid|eval|dev)(ing|ation|uation)?[-_. ]?"
+         r"(set|data|split|images?|\d+|[ab])?)$)[^/\ud800-\udfff]+")
+LAYOUTS = ("()()", f"()({CLASS})", "(train|test|val)()", f"(train|test|val)/({CLASS})")
+LAYOUT = ("wanted are <class>/*.png, or train/<class>/*.png with or without test/ and val/; without "
+          "classes *.png or train/*.png; all at one depth, no class called as a part or not in UTF-8")
 
 def open_folder(root, train):
     """A folder of images as in LAYOUT -> items (file, label), names of classes. What is in test/ or
     val/ is held out, or else a tenth. Hidden files are skipped, links are followed."""
-    files = [file for file in sorted(map(Path, glob.glob("**/*", root_dir=root, recursive=True)))
+    depths = [glob.glob("*/" * depth + "*", root_dir=root) for depth in range(9)]
+    files = [file for file in sorted(map(Path, sum(depths, [])))
              if file.suffix.lower() in ENDINGS and not SERVICE & {*file.parts}]
-    check(files, f"there are no images in {root}: {LAYOUT}")
+    check(files, f"there is no folder {root}, or no image in it: {LAYOUT}")
     folders = [unicodedata.normalize("NFC", "/".join(file.parts[:-1])) for file in files]
     layouts = [[re.fullmatch(layout, folder) for folder in folders] for layout in LAYOUTS]
     found = max(layouts, key=lambda fits: sum(map(bool, fits)))     # the layout of most files
@@ -733,8 +734,8 @@ def decode(image, size, mode="RGB"):
     shorter side scaled, centre kept, transparency on white. Raises Stop for more than 8 bits."""
     if not isinstance(image, Image.Image):
         image = Image.open(image)
-        deep = image.mode[0] in "IF" or ";16" in str(image.tile)
-        check(not deep, "more than 8 bits: convert it to 8 bits first")
+        check(image.mode[0] not in "IF" and ";16" not in str(image.tile),
+              "more than 8 bits: convert it to 8 bits first")
         with contextlib.suppress(Exception):            # damaged notes of a camera turn nothing
             image = ImageOps.exif_transpose(image)
     if image.has_transparency_data:
@@ -757,7 +758,7 @@ def decode_all(items, size):
     with ThreadPoolExecutor() as pool:
         for i, _ in enumerate(pool.map(fetch, range(len(items)))):
             progress(f"decoding: {i + 1}/{len(items)}")
-    check(not faults, f"{len(faults)} images cannot be read: {'; '.join(sorted(faults))}")
+    check(not faults, f"these images cannot be read: {'; '.join(sorted(faults))}")
     return images, labels
 
 def load_dataset(name, split="train", image_size=None, data_dir="data"):
@@ -771,12 +772,12 @@ def load_dataset(name, split="train", image_size=None, data_dir="data"):
     root = Path(data_dir)
     try:
         items, classes = data_sets[name](root, split == "train")
+        key = [*classes]
+        if isinstance(items, list):                     # of files, which may change
+            key += [f"{str(file)!a} {os.stat(file).st_size} {os.stat(file).st_mtime_ns}"
+                    for file, _ in items]
     except (OSError, RuntimeError) as error:
         raise Stop(f"{name} in {root}: {error}; check --data-dir and the network") from None
-    key = [*classes]
-    if isinstance(items, list):                         # of files, which may change
-        key += [f"{str(file)!a} {os.stat(file).st_size} {os.stat(file).st_mtime_ns}"
-                for file, _ in items]
     path = root / f"prototype-{name}-{split}-{size}.pt"
     images, labels = cached(path, key, lambda: decode_all(items, size))
     return Dataset(images, labels, classes)
@@ -786,7 +787,7 @@ def load_sets(cfg):
     sets = [load_dataset(cfg.dataset, split, cfg.image_size, cfg.data_dir)
             for split in ("train", "test")]
     check(sets[0].classes or not cfg.labelled, f"the images have no classes: {LAYOUT}")
-    check(len(sets[0].images) > 1 and len(sets[1].images), "too few images, or none held out")
+    check(len(sets[0].images) > 1 and len(sets[1].images), f"{cfg.data_dir} has too few images")
     if all((data.images == data.images[:, :1]).all() for data in sets):
         for data in sets:
             data.images = data.images[:, :1].clone()
@@ -840,7 +841,7 @@ def resnet(channels, side, width=64, imagenet=False):
 
 def fit(net, images, targets, loss, steps, cfg, seed):
     """Train a classifier by loss(net(x), target), 128 images a step -> the net, in eval mode."""
-    device = next(net.parameters()).device
+    device = find_device(cfg.device)
     optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3, weight_decay=0.05, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps + 1)
     images = place_images(images, device)
@@ -881,7 +882,7 @@ def load_judge(cfg, data, device):
         fit(net, real.images, real.labels, F.cross_entropy, cfg.judge_steps, cfg, "judge")
         return net.state_dict(), moments(features_of(features, data.images, device))
     name = f"prototype-judge-{cfg.dataset}-{cfg.image_size}-{cfg.judge_width}-{cfg.judge_steps}.pt"
-    key = [fingerprint(data.images, data.labels), cfg.mirror]
+    key = [cfg.mirror, fingerprint(data.images, data.labels)]
     weights, real = cached(Path(cfg.data_dir, name), key, make)
     net.load_state_dict(weights)
     return net.eval().requires_grad_(False), real
@@ -1029,9 +1030,8 @@ def draw_grid(path, images, rows, title, columns=(), size=0.55):
         axes.imshow(tiles.permute(1, 2, 0), interpolation="nearest")
         axes.set_yticks(centres[:len(rows)], rows)
         axes.set_xticks(centres[:len(columns)], columns, fontsize="small")
-        axes.tick_params(length=0)
         axes.set_frame_on(False)
-        axes.set_title(title, wrap=True)
+        axes.set_title(title)
 
 def draw_curves(path, groups):
     """Runs (group -> list of metrics.json) over steps and over seconds, with those before training:
@@ -1122,16 +1122,17 @@ def random_index(N, n, *key):
 def save(content, path):
     """Write a file, all or nothing: a kill leaves the old one or the new one. A .json file has null
     for what is not finite, as JSON has no such numbers; any other is torch.save's."""
+    data = io.BytesIO()                                 # on a full disk torch.save hides the fault
+    if path.suffix == ".json":
+        content = json.loads(json.dumps(content), parse_constant=lambda name: None)
+        data.write(json.dumps(content, indent=1).encode())
+    else:
+        torch.save(content, data)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(f"{path}.{os.getpid()}.tmp")
     with open(temporary, "wb") as file:
-        if path.suffix == ".json":
-            content = json.loads(json.dumps(content), parse_constant=lambda name: None)
-            file.write(json.dumps(content, indent=1).encode())
-        else:
-            torch.save(content, file)
-        file.flush()
-        os.fsync(file)                                  # a power cut would leave it empty
+        file.write(data.getbuffer())
+        os.fsync(file)                                  # else a power cut could leave it empty
     os.replace(temporary, path)
 
 def load(path):
@@ -1243,8 +1244,8 @@ def save_samples(folder, images, labels, names, title):
 def evaluate_classes(cfg, run, sets, folder):
     """Samples, pictures and metrics.json of a trained run, in `folder`."""
     figures, images, labels = run.model.quality(cfg, run, sets)
-    title = f"{cfg.prototypes} prototypes, step {run.step}, guidance {cfg.guidance}, {cfg.sampler}"
-    save_samples(folder, images, labels, sets[0].classes, title)
+    save_samples(folder, images, labels, sets[0].classes,
+                 f"{cfg.prototypes} prototypes, step {run.step}, guidance {cfg.guidance}")
     some = some_of(len(sets[1].images), cfg.num_samples)        # for the distance depends on it
     real = judge_images(cfg, run, sets, sets[1].images[some], sets[1].labels[some])
     figures.update({f"real_{name}": value for name, value in real.items()})
@@ -1398,11 +1399,10 @@ def protodiffusion(given):
     check({*wanted} <= {*classes}, f"--labels takes names of {', '.join(classes)}")
     chosen = torch.tensor([name in wanted for name in classes])             # [C]
     targets = run.known["targets"]
-    K = cfg.prototypes_per_class
-    rows = evenly(targets[chosen[targets // K]], cfg.num_samples)
+    rows = evenly(targets[chosen[targets // cfg.prototypes_per_class]], cfg.num_samples)
     images = generate(cfg, run, rows)
-    out = new_folder(given.out, folder / task)
-    save_samples(out, images, rows // K, classes, f"step {run.step}, guidance {cfg.guidance}")
+    save_samples(new_folder(given.out, folder / task), images, rows // cfg.prototypes_per_class,
+                 classes, f"step {run.step}, guidance {cfg.guidance}")
 
 def main(argv=None):
     """The command line -> exit status: 2 after one sentence about what a person can put right, 130

@@ -186,7 +186,7 @@ def test_more_than_8_bits_and_all_that_cannot_be_read_is_named_in_one_message(tm
 @pytest.fixture
 def pets(tmp_path):
     for i, name in enumerate(("train/cat/0", "train/cat/1", "train/dog/0", "train/dog/1", "test/cat/0", "test/dog/0")):
-        save_image(tmp_path / f"{name}.png", (9 * i + 9, 0, 0))
+        os.utime(save_image(tmp_path / f"{name}.png", (9 * i + 9, 0, 0)), (1e9, 1e9))
     return tmp_path
 
 def test_the_cache_is_used_instead_of_decoding_if_its_name_and_content_fit(pets, monkeypatch):
