@@ -697,8 +697,8 @@ SERVICE = {"@eaDir", "#recycle", "@Recycle", "$RECYCLE.BIN", "__MACOSX", "lost+f
 CLASS = (r"(?!(?i:(\w+_)?(train|test|val|valid|eval|dev)(ing|ation|uation)?[-_. ]?"
          r"(set|data|split|images?|\d+|[ab])?)$)[^/\ud800-\udfff]+")
 LAYOUTS = ("()()", f"()({CLASS})", "(train|test|val)()", f"(train|test|val)/({CLASS})")
-LAYOUT = ("wanted are <class>/*.png, or train/<class>/*.png with or without test/ and val/; without "
-          "classes *.png or train/*.png; all at one depth, no class called as a part or not in UTF-8")
+LAYOUT = ("wanted are <class>/*.png, or train/<class>/*.png with or without test/ and val/; or, "
+          "without classes, *.png or train/*.png; no other depth, no class called as a part is")
 
 def open_folder(root, train):
     """A folder of images as in LAYOUT -> items (file, label), names of classes. What is in test/ or
