@@ -50,21 +50,21 @@ FOLDERS = [
     ("a link to train", ["../x/cat:3", "../x/dog:3", "train -> ../x"], SPLIT),
     ("a link to an image", ["../x/cat:1", "cat/0.png -> ../../x/cat/0.png", "cat/1.png", "cat/2.png", "dog:3"], SPLIT),
     ("links to nothing that are no images", [*PETS, "cat/x.txt -> y", "x -> y"], SPLIT),
-    ("nothing", [], "there are no images in "),
-    ("no image but hidden ones", ["cat/x.txt", ".x:2", "._0.png", "__MACOSX/cat:2"], "there are no images in "),
+    ("nothing", [], "or no image in it: wanted are"),
+    ("no image but hidden ones", ["cat/x.txt", ".x:2", "._0.png", "__MACOSX/cat:2"], "or no image in it: wanted are"),
     ("a class called train", ["bus:3", "train:3"], "/train/0.png"),
     ("a class called train in train", ["train/bus:3", "train/train:3"], "/train/train/0.png"),
-    ("a class called val", ["train/bus:3", "train/val:3"], "/train/val/0.png", "taken for a class"),
+    ("a class called val", ["train/bus:3", "train/val:3"], "/train/val/0.png"),
     ("a class called test set", [*PETS, "test set:3"], "/test set/0.png"),
     ("a class called Test in both parts", [*PARTS, "train/Test:3", "test/Test:1"], "/test/Test/0.png"),
     ("training and testing", ["training/cat:3", "testing/cat:3"], "/testing/cat/0.png"),
     ("TRAIN and Test", ["TRAIN/cat:3", "Test/cat:2"], "/TRAIN/cat/0.png"),
     ("train2017 and val2017", ["train2017:3", "val2017:2"], "/train2017/0.png"),
-    ("val_images", ["val_images:3"], "/val_images/0.png", "taken for a class"),
+    ("val_images", ["val_images:3"], "/val_images/0.png"),
     ("train and valid", ["train/cat:3", "valid/cat:2"], "/valid/cat/0.png"),
     ("train and validation without classes", ["train:3", "validation:2"], "/validation/0.png"),
-    ("trainA, trainB, testA and testB", ["trainA:3", "trainB:3", "testA:2", "testB:2"], "/testA", "taken for classes"),
-    ("seg_train and seg_test", ["seg_train:3", "seg_test:2"], "seg_test", "taken for classes"),
+    ("trainA, trainB, testA and testB", ["trainA:3", "trainB:3", "testA:2", "testB:2"], "/testA"),
+    ("seg_train and seg_test", ["seg_train:3", "seg_test:2"], "seg_test"),
     ("a folder around parts", ["data/set/train/cat:3", "data/set/test/cat:2"], "/data/set/test/cat/0.png"),
     ("train/train", ["train/train/cat:3"], "/train/train/cat/0.png"),
     ("a folder in a class", ["train/cat/images:3", "train/cat/boxes.txt"], "/train/cat/images/0.png"),
@@ -83,12 +83,11 @@ FOLDERS = [
     ("test alone, without classes", ["test:4", "train/"], "/train has no images"),
     ("a name that is no text", ["dog:3", f"{NOT_UTF8}:2"], f"/{NOT_UTF8}/0.png"),
     ("a link that leads back up", [*PETS, "cat/up -> .."], "/cat/up"),
-    ("two links that lead back up", [*PETS, "cat/up -> ..", "dog/up -> .."], "/cat/up", "does not end"),
-    ("a link to no image", [*PETS, "cat/x.png -> y"], "/cat/x.png", "FileNotFoundError"),
+    ("two links that lead back up", [*PETS, "cat/up -> ..", "dog/up -> .."], "/cat/up"),
+    ("a link to no image", [*PETS, "cat/x.png -> y"], "/cat/x.png"),
     ("a folder called as an image is", ["cat.png:3", "dog:3"], "/cat.png"),
-    ("a class of a telephone's images", ["cat:3", "dog/0.heic", "dog/1.heic"], ".heic", "the class is left out"),
-    ("a folder that may not be opened", [*PETS, "locked:3"], "/locked", "the class is left out"),
-    ("a QNAP drive", [*PETS, "@Recycle:2"], SPLIT, "taken for a class"),
+    ("a class of a telephone's images", ["cat:3", "dog/0.heic", "dog/1.heic"], ".heic (cannot identify"),
+    ("a QNAP drive", [*PETS, "@Recycle:2"], SPLIT),
 ]
 
 def colour(folder):
@@ -114,8 +113,7 @@ def make(root, tree):
     return root
 
 @pytest.mark.parametrize("tree, expected", [
-    pytest.param(tree, expected, id=name, marks=[pytest.mark.xfail(strict=True, reason=fault) for fault in faults])
-    for name, tree, expected, *faults in FOLDERS])
+    pytest.param(tree, expected, id=name) for name, tree, expected in FOLDERS])
 def test_a_folder_is_read_as_a_person_reads_it_or_refused_in_a_sentence(tmp_path, monkeypatch, tree, expected):
     root, scans = make(tmp_path / "set", tree), []
     for name in ("scandir", "listdir"):
@@ -185,6 +183,5 @@ def test_one_class_of_two_grey_images_and_one_image(script, tmp_path, monkeypatc
     refused(script, capsys, [*given[:-1], tmp_path / "too few"], "too few images")
     assert not (tmp_path / "too few").exists()
 
-@pytest.mark.xfail(strict=True, raises=ValueError, reason="matplotlib reads formulas where it wraps a title")
 def test_a_title_may_have_dollars(tmp_path):
     pd.draw_grid(tmp_path / "x.png", torch.zeros(1, 3, 8, 8, dtype=torch.uint8), ["$x_$"], "$x_$ and $x_$")
