@@ -671,7 +671,8 @@ def train(cfg, sets, folder, device):
               f'python {__file__} --resume "{folder}" --lr {cfg.lr / 4:g}, or --amp off')
         row["seconds"] = time.perf_counter() - start
         left = (cfg.steps - now) * (row["seconds"] - known["seconds"]) / now / 60
-        progress(f"step {now}/{cfg.steps}  loss {row['loss']:.4f}  {left:.1f} min left", "\n")
+        told = f"step {now}/{cfg.steps}  loss {row['loss']:.4f}  {left:.1f} min left on {device}"
+        progress(told, "\n")
         run.log.append(row)
         if RANK == 0:
             if measured:
@@ -899,8 +900,7 @@ def signed_distances(x, y):
 def make_shapes(n, size=16, seed=0, bias=0.5, fine=0):
     """n antialiased coloured figures on grey, [n, 3, size, size]; 10 classes, 5 known attributes.
     fine: the first so many attributes split the classes: at 2, "bright warm circle" is one of 40.
-    bias: probability that an image has its corner dot exactly if its hue is warm. Both stay at one
-    half; at 0.5 they are independent. Another seed gives other images."""
+    bias: P(the corner dot is there just if the hue is warm); 0.5: independent. Both stay at half."""
     gen = torch.Generator().manual_seed(seed)
     def uniform(low, high):
         return low + (high - low) * torch.rand(n, 1, 1, 1, generator=gen)
@@ -949,10 +949,11 @@ def open_fashion_mnist(root, train):
 
 def open_celeba_files(root, train):
     """Faces without classes; load_traits knows their 40 attributes. To be unpacked by hand."""
-    check(Path(root, "celeba").is_dir(), "celeba/ there must hold img_align_celeba/ and the .txt "
-          "files of mmlab.ie.cuhk.edu.hk/projects/CelebA.html")
+    folder = root / "celeba" / "img_align_celeba"
+    check(folder.is_dir(), f"{folder.parent} must hold img_align_celeba/ and the .txt files of "
+          "mmlab.ie.cuhk.edu.hk/projects/CelebA.html")
     data = torchvision.datasets.CelebA(root, "train" if train else "test")
-    return [(Path(root, "celeba", "img_align_celeba", name), 0) for name in data.filename], []
+    return [(folder / name, 0) for name in data.filename], []
 
 def split_off(items, train):
     """A fixed random split of items (image, label): of each class a tenth is held out, the second
@@ -1162,7 +1163,7 @@ def resnet(channels, side, width=64, imagenet=False):
 
 def fit(net, images, targets, loss, steps, cfg, seed):
     """Train a classifier by loss(net(x), target), 128 images a step -> the net, in eval mode."""
-    device = find_device(cfg.device)
+    device = next(net.parameters()).device
     optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3, weight_decay=0.05, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps + 1)
     images = place_images(images, device)
@@ -1473,10 +1474,9 @@ def draw_grid(path, images, rows, title, columns=(), size=0.55):
     tiles = torchvision.utils.make_grid(images, n, padding=1, pad_value=255)
     with drawing(path, 2 + size * n, 0.7 + size * len(rows)) as fig:
         axes = fig.subplots()
-        axes.imshow(tiles.permute(1, 2, 0), interpolation="nearest")
+        axes.imshow(tiles.permute(1, 2, 0))
         axes.set_yticks(centres[:len(rows)], rows)
-        axes.set_xticks(centres[:len(columns)], columns, fontsize="small")
-        axes.set_frame_on(False)
+        axes.set_xticks(centres[:len(columns)], columns)
         axes.set_title(title)
 
 def draw_curves(path, groups):
@@ -1622,6 +1622,7 @@ def save(content, path):
     temporary = Path(f"{path}.{os.getpid()}.tmp")
     with open(temporary, "wb") as file:
         file.write(data.getbuffer())
+        file.flush()
         os.fsync(file)                                  # else a power cut could leave it empty
     os.replace(temporary, path)
 
@@ -1707,7 +1708,6 @@ def train_run(cfg, given, load_data=load_sets):
     if RANK == 0:
         sets = load_data(cfg)                           # faults show before a folder is made
         given.resume = given.resume or new_folder(given.out, f"runs/{SCRIPT}-{cfg.dataset}")
-        print(f"on {device}")
         if not (given.resume / "checkpoint.pt").exists():
             new_run(cfg, sets, given.resume, device)
     if WORLD > 1:
@@ -2090,7 +2090,7 @@ def main(argv=None):
     except (Stop, OSError) as error:
         fault = error
     except (RuntimeError, MemoryError) as error:
-        if "allocate" not in str(error):
+        if isinstance(error, RuntimeError) and "allocate" not in str(error):
             raise
         fault = "memory ran out: lower --batch-size, --sample-batch or --image-size"
     print(f"\n{SCRIPT}: {fault}", file=sys.stderr)

@@ -453,10 +453,10 @@ def generate(cfg, run, conditions):
     for i, given in enumerate(conditions.to(run.device).split(cfg.sample_batch)):
         gen.manual_seed(seed_of(cfg.seed, "sampling", i))
         xT = torch.randn(len(given), *run.known["shape"], generator=gen, device=run.device)
-        null = torch.full_like(given, -1)
         def predict(x, t):
             with autocast(run.device, cfg.amp):
-                return guided_noise(run.model.denoise, x, t, given, null, cfg.guidance)
+                return guided_noise(run.model.denoise, x, t, given, -torch.ones_like(given),
+                                    cfg.guidance)
         x0 = sample(predict, xT, alpha_bars(cfg.timesteps), cfg.sample_steps, cfg.sampler,
                     generator=gen)
         check(x0.isfinite().all(), "the samples are not numbers: try --amp off, or a lower --lr")
@@ -663,7 +663,8 @@ def train(cfg, sets, folder, device):
               f'python {__file__} --resume "{folder}" --lr {cfg.lr / 4:g}, or --amp off')
         row["seconds"] = time.perf_counter() - start
         left = (cfg.steps - now) * (row["seconds"] - known["seconds"]) / now / 60
-        progress(f"step {now}/{cfg.steps}  loss {row['loss']:.4f}  {left:.1f} min left", "\n")
+        told = f"step {now}/{cfg.steps}  loss {row['loss']:.4f}  {left:.1f} min left on {device}"
+        progress(told, "\n")
         run.log.append(row)
         if RANK == 0:
             if measured:
@@ -730,8 +731,7 @@ def signed_distances(x, y):
 def make_shapes(n, size=16, seed=0, bias=0.5, fine=0):
     """n antialiased coloured figures on grey, [n, 3, size, size]; 10 classes, 5 known attributes.
     fine: the first so many attributes split the classes: at 2, "bright warm circle" is one of 40.
-    bias: probability that an image has its corner dot exactly if its hue is warm. Both stay at one
-    half; at 0.5 they are independent. Another seed gives other images."""
+    bias: P(the corner dot is there just if the hue is warm); 0.5: independent. Both stay at half."""
     gen = torch.Generator().manual_seed(seed)
     def uniform(low, high):
         return low + (high - low) * torch.rand(n, 1, 1, 1, generator=gen)
@@ -967,7 +967,7 @@ def resnet(channels, side, width=64, imagenet=False):
 
 def fit(net, images, targets, loss, steps, cfg, seed):
     """Train a classifier by loss(net(x), target), 128 images a step -> the net, in eval mode."""
-    device = find_device(cfg.device)
+    device = next(net.parameters()).device
     optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3, weight_decay=0.05, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps + 1)
     images = place_images(images, device)
@@ -1170,10 +1170,9 @@ def draw_grid(path, images, rows, title, columns=(), size=0.55):
     tiles = torchvision.utils.make_grid(images, n, padding=1, pad_value=255)
     with drawing(path, 2 + size * n, 0.7 + size * len(rows)) as fig:
         axes = fig.subplots()
-        axes.imshow(tiles.permute(1, 2, 0), interpolation="nearest")
+        axes.imshow(tiles.permute(1, 2, 0))
         axes.set_yticks(centres[:len(rows)], rows)
-        axes.set_xticks(centres[:len(columns)], columns, fontsize="small")
-        axes.set_frame_on(False)
+        axes.set_xticks(centres[:len(columns)], columns)
         axes.set_title(title)
 
 def draw_curves(path, groups):
@@ -1299,6 +1298,7 @@ def save(content, path):
     temporary = Path(f"{path}.{os.getpid()}.tmp")
     with open(temporary, "wb") as file:
         file.write(data.getbuffer())
+        file.flush()
         os.fsync(file)                                  # else a power cut could leave it empty
     os.replace(temporary, path)
 
@@ -1384,7 +1384,6 @@ def train_run(cfg, given, load_data=load_sets):
     if RANK == 0:
         sets = load_data(cfg)                           # faults show before a folder is made
         given.resume = given.resume or new_folder(given.out, f"runs/{SCRIPT}-{cfg.dataset}")
-        print(f"on {device}")
         if not (given.resume / "checkpoint.pt").exists():
             new_run(cfg, sets, given.resume, device)
     if WORLD > 1:
@@ -1699,7 +1698,7 @@ def main(argv=None):
     except (Stop, OSError) as error:
         fault = error
     except (RuntimeError, MemoryError) as error:
-        if "allocate" not in str(error):
+        if isinstance(error, RuntimeError) and "allocate" not in str(error):
             raise
         fault = "memory ran out: lower --batch-size, --sample-batch or --image-size"
     print(f"\n{SCRIPT}: {fault}", file=sys.stderr)

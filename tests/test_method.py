@@ -329,7 +329,7 @@ def test_a_classifier_sees_images_shifted_by_an_eighth_and_mirrored():
         def forward(self, x):
             seen.update(name for name, move in moves.items() if close(x[0, 0], move))
             return x.mean() * self.weight
-    net = pd.fit(Spy(1, 1), image, torch.zeros(1), lambda z, y: z.sum(), 150, pd.Config(mirror=True), 0)
+    net = pd.fit(Spy(1, 1), image, torch.zeros(1), lambda z, y: z.sum(), 150, config(pd, mirror=True), 0)
     assert len(seen) > 35 and {flip for *_, flip in seen} == {False, True}
     assert not net.training and not net.weight.requires_grad
 

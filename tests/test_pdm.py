@@ -12,7 +12,7 @@ from PIL import Image
 
 import conftest
 import pdm
-from conftest import CPU, awake, checkpoint, close, contents, flags, log, metrics, normal, refused, same, samples
+from conftest import CPU, awake, checkpoint, close, flags, log, metrics, normal, same, samples
 
 args, config = (functools.partial(make, pdm) for make in (conftest.args, conftest.config))
 LOSSES = ["diffusion", "contrastive", "alignment", "compactness"]
@@ -121,18 +121,34 @@ def test_the_second_of_two_processes_assigns_the_images_of_both_and_learns_from_
 
 @pytest.mark.parametrize("label, expected", [(None, [1, 0, 2, 1]), (torch.tensor([2, 2, 0, 1]), [2, 2, 0, 1])])
 def test_pdm_chooses_the_nearest_prototype_and_s_pdm_the_labels(label, expected):
-    z = torch.tensor([[0.8, -0.8], [-0.8, -0.8], [-0.6, 0.4], [0.2, -1.0]])
-    k, losses, _ = learner().learn(z, label, config())
+    model, z = learner(), torch.tensor([[0.8, -0.8], [-0.8, -0.8], [-0.6, 0.4], [0.2, -1.0]])
+    k, losses, _ = model.learn(z, label, config())
     assert k.tolist() == expected and len(losses) == (2 if label is not None else 3), "s-PDM has no compactness loss"
+    usage = 0.99 / 3 + 0.01 * torch.bincount(k, minlength=3) / 4
+    model.eval().learn(z, label, config())
+    assert close(model.usage, usage), "a moving average of the choices in training, and of no others"
 
-@pytest.mark.parametrize("views, length", [("one", 2), ("two", 1)])
-def test_images_are_compared_with_prototypes_as_in_training_and_their_choices_are_not_counted(views, length):
-    model = learner(2.0, views=views)
+def test_with_two_views_directions_count_the_clean_image_chooses_and_all_three_are_swapped(monkeypatch):
+    model, given = learner(torch.tensor([[9.0], [1.0], [0.1]]), views="two"), []
+    x = torch.tensor([[[0.8, -0.5], [-0.1, -0.2], [-3.0, 2.0]], [[1, 0.9], [0, -1], [2, 2]],
+                      [[-1.0, 0.5], [0.3, 3.0], [-1, -4]]])
+    views = iter(x[1:])
+    monkeypatch.setattr(pdm, "random_view", lambda image, cfg: given.append(image.tolist()) or next(views))
+    k, losses, _ = model.learn(x[0], None, config())
+    z, one, two = x / x.norm(dim=2, keepdim=True)
+    e = torch.tensor(CORNERS) / math.sqrt(2)                  # their cosines: 0, 0 and -1
+    assert given == [x[0].tolist()] * 2 and k.tolist() == [1, 0, 2]
+    expected = pdm.swapped_loss([v @ e.T for v in (z, one, two)]), (z - e[k]).square().mean(), torch.tensor(2.0)
+    assert close(torch.stack([losses[name] for name in LOSSES[1:]]).detach(), torch.stack(expected))
+
+@pytest.mark.parametrize("changes, length", [({}, 2), (dict(views="two"), 1), (dict(views="two", supervised=True), 2)])
+def test_images_are_compared_with_prototypes_as_in_training_and_their_choices_are_not_counted(changes, length):
+    model = learner(2.0, **changes)
     z, d = model.choose(torch.tensor([[0, 255], [0, 0], [255, 0]], dtype=torch.uint8), CPU)
     factor = 1 if length == 2 else math.sqrt(0.5)             # all of length 1 if two views are compared, else as is
     corners, expected = torch.tensor(CORNERS), factor * torch.tensor([[-1.0, 1.0], [-1, -1], [1, -1]])
     assert close(z, expected) and close(d, torch.cdist(expected, length * factor * corners))
-    assert close(model.usage, torch.full((3,), 1 / 3))
+    assert len(model.usage.unique()) == 1
 
 IMAGES = normal(1, 3, 24, 24).expand(300, -1, -1, -1)         # one image, so that only what is drawn differs
 
@@ -233,7 +249,7 @@ def test_pdm_never_sees_a_label():
     known = model.begin(config(), [pdm.Dataset(batch.x0, batch.target, [*"abcd"])], None, CPU)
     assert known["targets"].tolist() == [-1] * 4
 
-# ---- Sampling, figures, costs, and what goes wrong --------------------------------------------------------------
+# ---- Sampling, figures, costs, data ------------------------------------------------------------------------------
 
 def test_prototypes_are_drawn_as_often_as_they_were_chosen_or_uniformly():
     def drawn(usage, n, **changes):
@@ -326,23 +342,6 @@ def test_the_cost_is_a_median_of_rounds_beside_the_same_unet(runs, monkeypatch):
     assert found == dict(step_seconds=4, step_ratio=2, sample_seconds=3, sample_ratio=1.5, prototype_bytes=8 * 8 * 4,
                          parameters=sum(p.numel() for p in run.model.parameters()), bank_bytes=200 * 8 * 4,
                          unet_parameters=sum(p.numel() for p in run.model.unet.parameters()))
-
-def test_what_cannot_be_is_one_sentence_and_changes_nothing(runs, tmp_path, capsys):
-    before, out = contents(runs / "pdm"), tmp_path / "run"
-    for word, changes in [
-            ("--image-size", dict(image_size=8)), ("--prototype-dim", dict(prototype_dim=7)),
-            ("--forget", dict(forget="mirror,colour")), ("--view-size", dict(view_size="1.2,0.8")),
-            ("--guidance 0", dict(null_prob=0)), ("supervised", dict(supervised=True, conditioning="none")),
-            ("compactness", dict(supervised=True, compactness=2)), ("forget", dict(views="one", forget="hue")),
-            ("guidance", dict(conditioning="none", guidance=2)), ("like", dict(like=out)),
-            ("classes", dict(supervised=True, dataset="folder", data_dir=runs / "images"))]:
-        refused(pdm, capsys, args(out=out, **changes), word)
-    for run, word, asked in [
-            ("pdm", "0, 1, 2", dict(prototype=8)), ("spdm", "circle", dict(labels="hexagon")),
-            ("plain", "like", dict(like=out)), ("pdm", "--like", dict(like=out, prototype=1)),
-            ("pdm", "nowhere.png", dict(like="nowhere.png"))]:
-        refused(pdm, capsys, flags(sample=runs / run, out=out, **asked), word)
-    assert not out.exists() and contents(runs / "pdm") == before
 
 def test_eurosat_holds_a_tenth_out_and_begins_again_if_its_unpacking_was_cut_off(tmp_path, monkeypatch):
     kinds, seen, sizes = ["Forest", "Industrial", "River"], [], [10, 30]
