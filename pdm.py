@@ -731,7 +731,7 @@ def signed_distances(x, y):
 def make_shapes(n, size=16, seed=0, bias=0.5, fine=0):
     """n antialiased coloured figures on grey, [n, 3, size, size]; 10 classes, 5 known attributes.
     fine: the first so many attributes split the classes: at 2, "bright warm circle" is one of 40.
-    bias: P(the corner dot is there just if the hue is warm); 0.5: independent. Both stay at half."""
+    bias: P(the corner dot is there just if the hue is warm); 0.5: independent. Both are halves."""
     gen = torch.Generator().manual_seed(seed)
     def uniform(low, high):
         return low + (high - low) * torch.rand(n, 1, 1, 1, generator=gen)

@@ -1,14 +1,13 @@
 """Speed and memory of the scripts on this machine (no test): python tests/benchmark.py [--seconds 5]
 
-For every script, at the settings of `shapes` and of `cifar10`: parameters, peak memory, images/s of a training step (in
-plain float32; in the default precision and layout; on a GPU also compiled) and of sampling. Beside them the rate of a
-bfloat16 matrix product, and the part of it that the work reaches by its FLOP. Each measurement is a process of its own.
-"""
+For every script, at the settings of `shapes` and of `cifar10`: parameters, the peak of a GPU's memory, images/s of a
+training step (plain: in float32; step: in the default precision and layout; compiled: on a GPU) and of sampling. Beside
+them the rate of a bfloat16 matrix product, and the part of it that the work reaches. Each has a process of its own."""
 import argparse
-import contextlib
 import copy
 import importlib
 import itertools
+import math
 import multiprocessing
 import statistics
 import sys
@@ -20,27 +19,21 @@ from types import SimpleNamespace
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-with contextlib.suppress(ImportError):                  # Windows has none
-    import resource
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 COLUMNS = ("script", "dataset", "kind", "batch", "parameters", "peak_mib", "images_per_second", "matrix_tflops",
            "of_matrix_rate")
 
-def wait(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
 def rate(work, seconds, device):
     """Calls of work() a second, warm: the median of five rounds of `seconds` together; within one nobody waits."""
     def round_of(calls):
-        wait(device)
         start = time.perf_counter()
         for _ in range(calls):
             work()
-        wait(device)
+        if device.type != "cpu":
+            torch.accelerator.synchronize()
         return (time.perf_counter() - start) / calls
-    round_of(2)
-    once = round_of(1)
+    for _ in range(2):                                  # the first one compiles
+        once = round_of(1)
     calls = max(1, round(seconds / 5 / once))
     return 1 / statistics.median(round_of(calls) for _ in range(5 if once < seconds else 1))
 
@@ -67,22 +60,24 @@ def training(script, cfg, model, known, device):
     optimizer = torch.optim.AdamW(model.train().param_groups(), lr=1e-4, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=script.amp_dtype(device, cfg.amp) is torch.float16)
     count = itertools.count()
-
     def step(forward):
         number = next(count)
-        for batch in script.random_batches(cfg, images, targets, number, device):
-            with script.autocast(device, cfg.amp):
-                losses = forward(batch, abar, cfg)
-            scaler.scale(losses["loss"] / cfg.accumulate).backward()
-        script.safe_step(optimizer, scaler)
+        batch = script.random_batch(cfg, images, targets, number, device)
+        with script.autocast(device, cfg.amp):
+            losses = forward(batch, abar, cfg)
+        scaler.scale(losses["loss"]).backward()
+        scaler.unscale_(optimizer)
+        norms = [torch.nn.utils.clip_grad_norm_(group["params"], 1.0) for group in optimizer.param_groups]
+        optimizer.found_inf = (~sum(norms).isfinite()).float()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
         script.update_average(average, model, number)
     return step
 
 def measure(job):
     """A measurement in this process -> the job with its figures, as a dict.
-
-    job: script, dataset, kind (plain, step, compiled, sampling), batch, device, seconds, and perhaps settings.
-    """
+    job: script, dataset, kind (plain, step, compiled, sampling), batch, device, seconds, and perhaps settings."""
     script = importlib.import_module(job["script"])
     device = script.find_device(job["device"])
     plain = job["kind"] == "plain"
@@ -96,25 +91,13 @@ def measure(job):
     with FlopCounterMode(display=False) as counter:
         work(model)
     forward = torch.compile(model, dynamic=False) if job["kind"] == "compiled" else model
-    start = time.perf_counter()
-    work(forward)
-    wait(device)
-    begin = time.perf_counter() - start                 # with compiling
     images = rate(lambda: work(forward), job["seconds"], device) * job["batch"]
-    memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else 1024 * resource.getrusage(0).ru_maxrss
+    memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else math.nan
     tflop = counter.get_total_flops() / job["batch"] / 1e12
-    peak = matrix_rate(device, job["seconds"] / 5)
+    matrix = matrix_rate(device, job["seconds"] / 5)
     return dict(job, parameters=sum(p.numel() for p in model.parameters()), peak_mib=memory / 2 ** 20,
-                images_per_second=images, tflop_per_image=tflop, matrix_tflops=peak,
-                of_matrix_rate=images * tflop / peak, seconds_to_begin=begin)
-
-def measure_apart(job):
-    """The same in a process of its own, and a printed row."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        row = pool.submit(measure, job).result()
-    cells = (f"{row[name]:.4g}" if isinstance(row[name], float) else row[name] for name in COLUMNS)
-    print(*(f"{cell:>17}" for cell in cells), flush=True)
-    return row
+                images_per_second=images, tflop_per_image=tflop, matrix_tflops=matrix,
+                of_matrix_rate=images * tflop / matrix)
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -124,10 +107,14 @@ def main():
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     print(f"{machine}, torch {torch.__version__}\n", *(f"{name:>17}" for name in COLUMNS))
     kinds = ["plain", "step", "sampling"] + ["compiled"] * (device.type == "cuda")
-    batches = dict(shapes=64, cifar10=512 if device.type == "cuda" else 16)
+    batches = dict(shapes=64, cifar10=512 if device.type == "cuda" else 4)
     for script, dataset, kind in itertools.product(("protodiffusion", "pdm", "patronus"), batches, kinds):
-        measure_apart(dict(script=script, dataset=dataset, kind=kind, batch=batches[dataset], device=str(device),
-                           seconds=args.seconds))
+        job = dict(script=script, dataset=dataset, kind=kind, batch=batches[dataset], device=str(device),
+                   seconds=args.seconds)
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            row = pool.submit(measure, job).result()
+        cells = (f"{row[name]:.4g}" if isinstance(row[name], float) else row[name] for name in COLUMNS)
+        print(*(f"{cell:>17}" for cell in cells), flush=True)
 
 if __name__ == "__main__":
     main()

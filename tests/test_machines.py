@@ -7,7 +7,6 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
-from unittest.mock import Mock
 
 import matplotlib
 import pytest
@@ -70,12 +69,11 @@ def test_a_full_disk_is_a_sentence_and_keeps_what_is_there(script, done, tmp_pat
     assert contents(run) == contents(done)
     assert script.cached(tmp_path / "prototype-a.pt", ["key"], lambda: 5) == 5, "it goes without a cache"
 
-@pytest.mark.xfail(strict=True, reason="torch.save has its own words for it")
-def test_a_disk_that_fills_half_way_is_a_sentence(script, done, tmp_path, monkeypatch, capsys, training_only):
-    fault = RuntimeError("unexpected pos 64 vs 0")
-    fault.__context__ = OSError(28, "No space left on device")      # as found on a disk of 1 MB
-    monkeypatch.setattr(torch, "save", Mock(side_effect=fault))
-    refused(script, capsys, flags(resume=shutil.copytree(done, tmp_path / "run"), steps=8), "No space left")
+def test_a_file_is_on_the_disk_before_it_takes_the_place_of_the_old_one(script, tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append(os.fstat(file.fileno()).st_size))
+    script.save(dict(a=1), tmp_path / "a.json")
+    assert synced == [(tmp_path / "a.json").stat().st_size]
 
 def test_main_works_in_a_thread_and_reads_only_what_it_is_given(script, done, tmp_path, monkeypatch, training_only):
     monkeypatch.setattr(sys, "argv", ["kernel", "-f", "connection.json"])

@@ -33,10 +33,7 @@ KNOWN = {"script", "step", "machine", "classes", "settings", "log"}
 def test_a_run_leaves_its_files_and_pictures(script, done):
     found, (images, told) = {*contents(done)}, samples(done)
     assert found >= MADE and {Path(name).suffix for name in found - MADE} == {".png"}
-    for path in done.glob("*.png"):
-        with Image.open(path) as image:
-            image.load()
-            assert min(image.size) > 100
+    assert all(min(Image.open(path).convert("L").size) > 100 for path in done.glob("*.png"))
     assert images.shape == (20, 16, 16, 3) and images.dtype == np.uint8 and len(told) == 20
     expected = config(script, eval_every=3, data_dir=os.path.abspath("data"))
     assert json.loads((done / "config.json").read_text()) == vars(expected)
@@ -98,10 +95,10 @@ def at_call(patch, where, name, number, instead):
     whole, calls = getattr(where, name), itertools.count(1)
     patch.setattr(where, name, lambda *given: (instead if next(calls) == number else whole)(*given))
 
-def die(content=None, file=None, *others):
-    """As a kill does: nothing is done on the way out. In torch.save half a file is written."""
-    if hasattr(file, "write"):
-        file.write(b"half")
+def die(file=None, *others):
+    """As a kill does: nothing is done on the way out. A file has been written half."""
+    if hasattr(file, "truncate"):
+        file.truncate(10)
     raise SystemExit("killed")
 
 def test_a_run_that_is_stopped_at_any_moment_goes_on_bit_for_bit(script, tmp_path, capsys, training_only):
@@ -109,8 +106,8 @@ def test_a_run_that_is_stopped_at_any_moment_goes_on_bit_for_bit(script, tmp_pat
     assert script.main(args(script, out=tmp_path / "whole", **long)) == 0
     given = args(script, out=out, **long)
     for where, name, number, kept in (                              # first, before there is a checkpoint
-            (torch, "save", 1, None), (script, "random_batch", 2, 0), (script, "update_average", 4, 2),
-            (torch, "save", 1, 2), (script, "write_csv", 1, None)):
+            (os, "fsync", 2, None), (script, "random_batch", 2, 0), (script, "update_average", 4, 2),
+            (os, "fsync", 1, 2), (os, "fsync", 2, 2), (script, "write_csv", 1, None)):
         with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
             at_call(patch, where, name, number, die)
             script.main(given)
@@ -151,7 +148,8 @@ def test_a_process_that_is_killed_in_whatever_way_goes_on_bit_for_bit(script, pi
     out, rows = tmp_path / "run", tmp_path / "run/log.csv"
     given = dict(dataset="folder", data_dir=pictures, steps=10_000, save_every=5, mirror=True)
     words = args(script, out=out, **given)
-    for i, number in enumerate((signal.SIGKILL, signal.SIGTERM, signal.SIGHUP), 1):
+    deadly = [n for n in (signal.SIGKILL, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
+    for i, number in enumerate(deadly, 1):
         process = start(script, words)
         while not (rows.exists() and len(rows.read_text().splitlines()) > 3 * i):
             time.sleep(0.01)
@@ -170,7 +168,7 @@ def test_a_process_that_is_killed_in_whatever_way_goes_on_bit_for_bit(script, pi
 
 def test_two_processes_train_like_one(script, pictures, tmp_path, training_only):
     """But for rounding; and, where a method looks at a batch as a whole, nearly."""
-    name, near, atol = ("loss", 1e-3, 2e-3) if script.SCRIPT == "protodiffusion" else ("diffusion", 0.02, 0.02)
+    name, near, atol = ("diffusion", 0.02, 0.02) if script.SCRIPT == "pdm" else ("loss", 1e-3, 2e-3)
     given = dict(dataset="folder", data_dir=pictures, dropout=0)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -262,7 +260,7 @@ def test_a_training_that_diverges_ends_with_a_command_that_goes_on(script, tmp_p
 
 @pytest.mark.parametrize("error", [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), RuntimeError("can't allocate memory"),
-    pytest.param(MemoryError(), marks=pytest.mark.xfail(strict=True, reason="it has no message"))], ids=repr)
+    MemoryError()], ids=repr)
 def test_memory_that_runs_out_is_a_sentence_and_a_bug_a_traceback(script, done, tmp_path, monkeypatch, capsys, error):
     monkeypatch.setattr(script, "sample", Mock(side_effect=ValueError("a bug")))
     with pytest.raises(ValueError, match="a bug"):
@@ -273,8 +271,8 @@ def test_memory_that_runs_out_is_a_sentence_and_a_bug_a_traceback(script, done, 
 @pytest.mark.parametrize("damage", [
     dict(channels=16), dict(channels=-4), dict(channels="8"), dict(channels=8.5), dict(lr=[1]), dict(lr=math.inf),
     dict(lr=None), dict(mirror=1), dict(dataset="x"), dict(multipliers="a"), dict(momentum=0.9), dict(seed=2 ** 63),
-    dict(data_dir=3), dict(timesteps=1), dict(device="toaster"), ["config.json", "[1, 2]"], ["config.json", '{"a": '],
-    ["checkpoint.pt", ""], ["checkpoint.pt", "PK\3\4"]], ids=str)
+    dict(data_dir=3), dict(timesteps=1), ["config.json", "[1, 2]"], ["config.json", '{"a": '], ["checkpoint.pt", ""],
+    ["checkpoint.pt", "PK\3\4"]], ids=str)
 def test_a_damaged_run_is_refused_and_left_as_it_is(script, done, tmp_path, capsys, damage):
     run = shutil.copytree(done, tmp_path / "run")
     if isinstance(damage, dict):                                    # other settings
@@ -283,6 +281,8 @@ def test_a_damaged_run_is_refused_and_left_as_it_is(script, done, tmp_path, caps
     before = contents(run)
     for task in ("resume", "sample", "evaluate"):
         refused(script, capsys, flags(**{task: run}))
+    with pytest.raises(script.Stop):
+        script.load_run(run)
     assert contents(run) == before
 
 # ---- Comparing --------------------------------------------------------------------------------------------------
