@@ -89,17 +89,6 @@ def test_sample_times_trail_from_the_noisiest_level_and_never_repeat():
         assert len(times) == steps and times[0] == T - 1
         assert min(gaps) > 0 and all(abs(gap - T / steps) < 1.01 for gap in gaps), "spacing T / steps"
 
-@pytest.mark.parametrize("w", [-0.5, 0, 3.0])
-def test_guidance_extrapolates_from_null_to_class_in_one_doubled_batch(w):
-    x, t, row, calls = normal(3, 1, 1, 1), torch.tensor([4, 5, 6]), torch.tensor([2, 0, 1]), []
-
-    def model(*given):
-        calls.append(given)
-        return 10.0 * given[2][:, None, None, None] + given[0]
-    eps = pd.guided_noise(model, x, t, row, torch.full_like(row, -1), w)
-    assert close((eps - x).flatten(), (1 + w) * 10 * row + w * 10, 1e-5), "(1 + w) eps(class) - w eps(null)"
-    assert len(calls) == 1 and len(calls[0][0]) == (6 if w else 3), "no null without guidance"
-
 # ---- U-Net ------------------------------------------------------------------------------------------------------
 
 def unet(channels, side, width, multipliers, blocks, attention):
@@ -146,11 +135,6 @@ def test_attention_is_softmax_of_scaled_products_in_heads_of_64(channels, heads)
             expected = x[b] + out.T.reshape(channels, 3, 5)
             assert close(layer(x)[b], expected, 1e-4, 1e-4), "Attention: softmax(Q K^T / sqrt(d)) V"
 
-@pytest.mark.parametrize("channels", [4, 8, 12, 20, 48, 64, 96, 128, 384])
-def test_group_norm_never_takes_a_channel_alone(channels):
-    groups = pd.group_norm(channels).num_groups
-    assert channels // groups >= 4 and (groups == 32 or groups < 32 and channels < 128)
-
 # ---- training ---------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("n, decay", [(0, 0.1), (5, 0.4), (10**6, 0.9999)])
@@ -163,13 +147,6 @@ def test_update_average_decays_weights_and_buffers_by_the_formula(n, decay):
     for name, value in average.state_dict().items():
         expected = 3 if name == "num_batches_tracked" else decay * 1 + (1 - decay) * 3
         assert close(value, torch.full(value.shape, expected), rtol=1e-7), f"{name}: whole numbers are copied"
-
-def test_random_index_is_uniform_and_follows_from_its_key_alone():
-    index = pd.random_index(10, 20_000, 7, "images", 0)
-    assert ((torch.bincount(index, minlength=10) - 2000).abs() < 5 * 2000 ** 0.5).all(), "every image as often"
-    torch.manual_seed(1)                                      # a resumed run starts anywhere, after anything
-    assert pd.random_index(10, 20_000, 7, "images", 0).equal(index)
-    assert not any(pd.random_index(10, 20_000, *key).equal(index) for key in ((7, "images", 1), (8, "images", 0)))
 
 def test_batches_hold_what_their_index_says_half_of_them_mirrored(monkeypatch):
     cfg = pd.Config(batch_size=400, timesteps=50, mirror=True)
@@ -230,33 +207,8 @@ def test_a_step_clips_groups_apart_and_leaves_out_a_gradient_that_is_no_number(t
 
 # ---- prototypes -------------------------------------------------------------------------------------------------
 
-def test_squared_distances_by_hand():
-    z = torch.tensor([[0.0, 0.0], [1.0, 2.0]])
-    prototypes = torch.tensor([[[3.0, 4.0], [1.0, 1.0]], [[0.0, 0.0], [1.0, 2.0]]])
-    assert close(pd.squared_distances(z, prototypes), [[[25, 2], [0, 5]], [[8, 1], [5, 0]]])
-    assert pd.squared_distances(z.bfloat16(), prototypes).dtype == torch.float32
-
 DISTANCES = torch.tensor([[[1.0, 0.3], [0.2, 2.0], [0.9, 0.8]],
                           [[0.1, 0.4], [0.6, 0.7], [1.5, 0.05]]], dtype=torch.float64)     # 2 images, 3 classes, K 2
-
-def test_dce_loss_by_hand_and_its_gradient_the_softmax_minus_the_share_within_the_class():
-    d, y = DISTANCES.clone().requires_grad_(), [0, 2]
-    loss = pd.dce_loss(d, torch.tensor(y))
-    loss.backward()
-    p = [torch.exp(-2 * image) for image in DISTANCES]        # the paper's gamma is 2
-    assert close(loss.detach(), sum(-math.log(q[c].sum() / q.sum()) for q, c in zip(p, y)) / 2, 1e-12)
-    for image, q, c in zip(d.grad, p, y):
-        own = torch.zeros_like(q)
-        own[c] = q[c] / q[c].sum()
-        assert close(image, 2 * (own - q / q.sum()) / 2, 1e-12)
-    assert close(pd.dce_loss(torch.tensor([[[900.0], [0.0]]]), torch.tensor([0])), 1800), "overflow"
-
-def test_prototype_loss_pulls_only_the_nearest_prototype_of_the_own_class():
-    d = DISTANCES.clone().requires_grad_()
-    loss = pd.prototype_loss(d, torch.tensor([0, 2]))
-    loss.backward()
-    assert close(loss.detach(), (0.3 + 0.05) / 2)
-    assert d.grad.nonzero().tolist() == [[0, 0, 1], [1, 2, 1]] and d.grad.sum() == 1
 
 def test_prototypes_start_at_or_around_class_means_of_untrained_features_centred(monkeypatch):
     losses, data = [], pd.make_shapes(501, 16, seed=1)        # features are computed of 500 at a time
@@ -304,20 +256,6 @@ def test_class_table_keeps_directions_and_sets_the_rms_of_a_random_table():
     assert raw.equal(prototypes.reshape(6, 8)) and raw[3].equal(prototypes[1, 1]), "row class * K + k"
     assert close(rms.square().mean(), 1), "rms: root mean square 1"
     assert close(rms, raw / raw.square().mean().sqrt()), "one factor for all rows: their relative norms stay"
-
-def test_evenly_takes_rows_as_often_as_they_occur():
-    targets = torch.tensor([2, 0, 2, 1, 2, 0, 2, 2])          # 2 of row 0, 1 of row 1, 5 of row 2
-    assert pd.evenly(targets, 16).tolist() == [0] * 4 + [1] * 2 + [2] * 10
-    assert pd.evenly(targets, 4).tolist() == [0, 2, 2, 2] and pd.evenly(targets, 1).tolist() == [2]
-
-@pytest.mark.parametrize("channels, side, width, first_side", [
-    (1, 8, 8, 8), (3, 64, 8, 64), (3, 96, 8, 24), (3, 16, 64, 16), (1, 72, 64, 18)])
-def test_classifiers_have_features_of_the_asked_size(channels, side, width, first_side):
-    net, seen = pd.resnet(channels, side, width).eval(), []
-    net.layer1.register_forward_hook(lambda m, args, out: seen.append(out.shape))
-    with torch.no_grad():
-        assert net(torch.zeros(2, channels, side, side)).shape == (2, 8 * width)
-    assert seen == [(2, width, first_side, first_side)], "the first layers keep small images large"
 
 def test_a_classifier_sees_images_shifted_by_an_eighth_and_mirrored():
     image, seen = torch.randint(256, (1, 1, 16, 16), generator=seeded()).to(torch.uint8), set()

@@ -279,11 +279,6 @@ def test_emergence_reads_the_image_predicted_at_every_step_of_ddim_whatever_the_
     one, two = (pt.emergence(settings(sampler=x), run_of(Painter(2, sd=0.6)), s, 10)[1] for x in ("ddim", "ddpm"))
     assert one.equal(two)
 
-def test_emerged_at_by_hand():
-    for course, at in (([0, 0.5, 0.95, 0.91, 1], 2), ([0, 0.95, 0.5, 0.92, 1], 3), ([1, 1.2, 0.95, 1.1, 1], 0),
-                       ([0, 0.9, 1.8, 1.8, 2], 2)):           # where 90 % of the end are reached for good
-        assert pt.emerged_at(torch.tensor([course]).T).tolist() == [at]
-
 def test_switch_tells_a_until_the_level_and_b_below():
     run, s_a, s_b = run_of(Painter(2)), normal(3, 2) / 9, normal(3, 2, seed=1) / 9
     images = pt.switch(settings(sample_steps=4, sampler="ddim"), run, s_a, s_b, 499)

@@ -71,23 +71,6 @@ def test_distances_are_not_squared_exact_far_from_the_origin_and_float32_from_ha
     assert close(pdm.distances(z, e), [[5, 10], [0, 5]]) and pdm.distances(z.half(), e.half()).dtype == torch.float32
     assert (pdm.distances(far, far + torch.tensor([0, 0.0625])) == 0.0625).all(), "no product, which would cancel"
 
-def test_the_contrastive_loss_draws_z_to_its_prototype_and_pushes_the_others():
-    z, e = variable([[0.0, 0.0]]), variable([[3.0, 0.0], [-4.0, 0.0]])                      # distances 3 and 4
-    loss = pdm.contrastive_loss(pdm.distances(z, e), torch.tensor([0]))
-    loss.backward()
-    p = 1 / (1 + math.e)                                      # of the other prototype
-    assert close(loss.detach(), -math.log(1 - p)) and close(z.grad, [[-2 * p, 0]])
-    assert close(e.grad, [[p, 0], [p, 0]]), "downhill: the chosen to z, the other away"
-    pdm.contrastive_loss(pdm.distances(e[:1], e), torch.tensor([0])).backward()
-    assert e.grad.isfinite().all(), "also where z is its prototype"
-
-def test_compactness_loss_is_the_sum_of_squared_cosines_and_turns_prototypes_apart():
-    e = variable([[1.0, 0.0], [1.0, math.sqrt(3)]])           # an angle of 60 degrees, lengths 1 and 2
-    loss = pdm.compactness_loss(e)
-    loss.backward()                                           # 2 cos^2, its derivative by the angle -2 sin(120)
-    assert close(loss.detach(), 0.5) and close(e.grad, [[0, math.sqrt(3)], [0.75, -math.sqrt(3) / 4]])
-    assert close(pdm.compactness_loss(torch.tensor([[1.0, 2, 3], [-2, -4, -6]])), 2), "opposite is as bad as equal"
-
 def by_hand(scores):
     """The balanced assignment of scores [B, K], in float64 and without logarithms."""
     q = scores.detach().double().exp()
