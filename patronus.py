@@ -41,7 +41,6 @@ import re
 import sys
 import time
 import unicodedata
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -77,7 +76,6 @@ class Config:
     prototype_dim: int = 32         # D, numbers in a prototype and in a patch's feature
     start: Literal["features", "uniform"] = "features"  # of prototypes: real patches, or 0..1
     sketch: float = 1.0             # weight of the loss of the sketch drawn from s; paper: 0, none
-    distinctness: float = 0.0       # weight of the penalty on prototypes that point the same way
     hide: float = 0.05              # probability of dropping each activation in training; paper: 0
     emphasis: float = 0.3           # the loss at level t weighs abar_t ** -emphasis; paper: 0
     # network and process
@@ -100,18 +98,21 @@ class Config:
     eval_every: int = 0             # steps between measurements while training; 0: none
     compile: bool = False           # torch.compile the training step
     latent_steps: int = 2000        # steps of the latent model, of 256 activation vectors each
-    # explaining and measuring: from here on --evaluate, --explain and --diagnose may, too
-    data_dir: str = "data"          # where data lie or are downloaded to; the folder of images
+    # measuring: from here on --evaluate may, too
     pairs: int = 120                # (prototype, image) pairs: does s_j grow if raised?
+    inception: str = "off"          # weights for FID, IS and KID: a file, or download
+    # diagnosis: from here on --diagnose may, too
     attribute: str = ""             # diagnosis: the trait to move; empty: the first one
     watch: str = ""                 # diagnosis: the trait that may follow; empty: the last one
+    # explaining: from here on --explain may, too
+    data_dir: str = "data"          # where data lie or are downloaded to; the folder of images
     judge_steps: int = 300          # steps of the judge, a classifier of traits trained apart
     judge_width: int = 16           # channels of its first layers; 64: ResNet-18
-    inception: str = "off"          # weights for FID, IS and KID: a file, or download
-    # sampling: from here on --sample and --edit may, too
+    # sampling: from here on --sample may, too
     num_samples: int = 500          # images to sample, and to measure on
     sampler: Literal["ddim", "ddpm", "dpmpp"] = "ddpm"  # ddpm suits short trainings
     sample_steps: int = 20          # steps from noise to image
+    # editing: from here on --model may, too
     invert_steps: int = 100         # steps of inversion, and again of the way back to the image
     sample_batch: int = 250         # images sampled at a time
     seed: int = 0                   # seed of everything random
@@ -130,8 +131,8 @@ class Config:
         "fashion-mnist": {**PHOTOGRAPHS, "mirror": False, "num_prototypes": 30},
         "celeba": {**PHOTOGRAPHS, "image_size": 64, "patch": 15, "multipliers": "1,1,2,2,2",
                    "attribute": "Blond_Hair", "watch": "Smiling"}}
-    TASKS = dict(resume="steps", sample="num_samples", evaluate="data_dir", explain="data_dir",
-                 diagnose="data_dir", model="num_samples")      # settings from there on may change
+    TASKS = dict(resume="steps", evaluate="pairs", diagnose="attribute", explain="data_dir",
+                 sample="num_samples", model="invert_steps")    # settings from there on may change
     labelled = False                # the data need no classes
 
     def build(self, known):
@@ -201,12 +202,6 @@ def activation(d):
 
 LARGEST = math.log(1e4)                 # activation(0)
 
-def distinctness_loss(prototypes):
-    """Mean of max(0, 0.2 - u) over prototypes [m, D]; u: least 1 - |cosine| to another one."""
-    p = F.normalize(prototypes.float(), dim=1)
-    apart = 1 - (p @ p.T).abs() + 2 * torch.eye(len(p), device=p.device)    # 2 excludes itself
-    return (0.2 - apart.amin(1)).clamp(min=0).mean()
-
 def level_weights(abar, emphasis):
     """Weights of the noise loss, [T]: abar_t ** -emphasis, at most 50, divided by their mean.
     choice: s decides most where noise is high, but a wrong image hardly raises the loss there."""
@@ -273,13 +268,12 @@ class Patronus(nn.Module):
         predicted = self.denoise(xt, batch.t, told)
         with torch.autocast(s.device.type, enabled=False):
             errors = (predicted.float() - batch.eps).square().mean((1, 2, 3))     # [B]
-            weighted = errors * level_weights(abar, cfg.emphasis)[batch.t]
-            penalties = dict(distinctness=distinctness_loss(self.prototypes))
+            loss = (errors * level_weights(abar, cfg.emphasis)[batch.t]).mean()
+            losses = dict(diffusion=errors.mean(), spread_of_s=s.std(0, correction=0).mean())
             if self.sketch:
-                penalties["sketch"] = F.mse_loss(self.draw(told).float(), batch.x0)
-        total = sum(getattr(cfg, name) * value for name, value in penalties.items())
-        return dict(loss=weighted.mean() + total, diffusion=errors.mean(), **penalties,
-                    spread_of_s=s.std(0, correction=0).mean())
+                losses["sketch"] = F.mse_loss(self.draw(told).float(), batch.x0)
+                loss = loss + cfg.sketch * losses["sketch"]
+        return dict(loss=loss, **losses)
 
     def param_groups(self):
         """Groups whose gradients are clipped apart: the encoder's, and the denoiser's."""
@@ -623,8 +617,7 @@ def train(cfg, sets, folder, device):
     stopped at any moment. Raises Stop if the images have changed, or if the training diverges."""
     run = load_run(folder, device)                      # its model is the moving average
     known = run.known
-    check(cfg.dataset in FINE or known["images"] == fingerprint(sets[0].images, sets[0].labels),
-          "the training images have changed since the run began: restore them, or start a new run")
+    same_images(run, sets)
     check(run.step <= cfg.steps, f"the run has {run.step} steps: --steps cannot be less")
     if RANK == 0:
         save(vars(cfg), folder / "config.json")
@@ -671,14 +664,13 @@ def train(cfg, sets, folder, device):
               f'python {__file__} --resume "{folder}" --lr {cfg.lr / 4:g}, or --amp off')
         row["seconds"] = time.perf_counter() - start
         left = (cfg.steps - now) * (row["seconds"] - known["seconds"]) / now / 60
-        told = f"step {now}/{cfg.steps}  loss {row['loss']:.4f}  {left:.1f} min left on {device}"
-        progress(told, "\n")
+        progress(f"step {now}/{cfg.steps}  loss {row['loss']:.4f}  {left:.1f} min left", "\n")
         run.log.append(row)
         if RANK == 0:
             if measured:
                 row.update(run.model.quality(cfg, run, sets)[0])
-            save_checkpoint(folder, now, known, run.log, parts)
             write_csv(folder / "log.csv", run.log)
+            save_checkpoint(folder, now, known, run.log, parts)
         start = time.perf_counter() - row["seconds"]
 
 # ---- Abilities: what the paper does with its prototypes ------------------------------------------
@@ -958,18 +950,18 @@ def open_celeba_files(root, train):
 def split_off(items, train):
     """A fixed random split of items (image, label): of each class a tenth is held out, the second
     of every ten, so none of a single one."""
-    seen = Counter()
+    seen = {}                                           # images of each class so far
     chosen = []
     for i in some_of(len(items)).tolist():
         label = items[i][1]
-        seen[label] += 1
+        seen[label] = seen.get(label, 0) + 1
         if (seen[label] % 10 == 2) != train:
             chosen.append(items[i])
     return chosen
 
 ENDINGS = (".png .jpg .jpeg .jpe .jfif .gif .bmp .tif .tiff .webp .avif .heic .heif .jp2 "
            ".ppm .pgm .pbm .pnm").split()
-SERVICE = {"@eaDir", "#recycle", "@Recycle", "$RECYCLE.BIN", "__MACOSX", "lost+found"}  # of systems
+SERVICE = {*"@eaDir #recycle @Recycle $RECYCLE.BIN __MACOSX lost+found".split()}     # of systems
 # A class is not called as a part is, in whatever case: Test, training, train2017, seg_train, testA.
 CLASS = (r"(?!(?i:(\w+_)?(train|test|val|valid|eval|dev)(ing|ation|uation)?[-_. ]?"
          r"(set|data|split|images?|\d+|[ab])?)$)[^/\ud800-\udfff]+")
@@ -980,9 +972,10 @@ LAYOUT = ("wanted are <class>/*.png, or train/<class>/*.png with or without test
 def open_folder(root, train):
     """A folder of images as in LAYOUT -> items (file, label), names of classes. What is in test/ or
     val/ is held out, or else a tenth. Hidden files are skipped, links are followed."""
-    depths = [glob.glob("*/" * depth + "*", root_dir=root) for depth in range(9)]
+    depths = [glob.glob("*/" * depth + "*", root_dir=root) for depth in range(6)]
     files = [file for file in sorted(map(Path, sum(depths, [])))
-             if file.suffix.lower() in ENDINGS and not SERVICE & {*file.parts}]
+             if not SERVICE & {*file.parts}
+             and (file.suffix.lower() in ENDINGS or len(file.parts) == 6)]
     check(files, f"there is no folder {root}, or no image in it: {LAYOUT}")
     folders = [unicodedata.normalize("NFC", "/".join(file.parts[:-1])) for file in files]
     layouts = [[re.fullmatch(layout, folder) for folder in folders] for layout in LAYOUTS]
@@ -1019,17 +1012,17 @@ def decode(image, size, mode="RGB"):
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image.convert("RGBA"))
     image = ImageOps.fit(image.convert(mode), (size, size), Image.Resampling.LANCZOS)
-    return torchvision.transforms.functional.pil_to_tensor(image)
+    return v2.functional.pil_to_tensor(image)
 
-def decode_all(items, size):
-    """Items (image or file, label) -> uint8 [N, 3, size, size], labels. Stop names bad files."""
-    images = torch.empty(len(items), 3, size, size, dtype=torch.uint8)
+def decode_all(items, size, mode="RGB"):
+    """Items (image or file, label) -> uint8 [N, C, size, size], labels. Stop names bad files."""
+    images = torch.empty(len(items), len(mode), size, size, dtype=torch.uint8)
     labels = torch.empty(len(items), dtype=torch.int64)
     faults = []
     def fetch(i):
         image, labels[i] = items[i]
         try:
-            images[i] = decode(image, size)
+            images[i] = decode(image, size, mode)
         except Exception as error:
             faults.append(f"{image} ({error})")
     with ThreadPoolExecutor() as pool:
@@ -1264,7 +1257,7 @@ def fid_inception():
                                           init_weights=False)
     def without_padding(module, pooled):
         return pooled[0] / F.avg_pool2d(torch.ones_like(pooled[0][:1, :1]), 3, stride=1, padding=1)
-    for name in ("5b", "5c", "5d", "6b", "6c", "6d", "6e", "7b"):
+    for name in "5b 5c 5d 6b 6c 6d 6e 7b".split():
         getattr(net, f"Mixed_{name}").branch_pool.register_forward_pre_hook(without_padding)
     seen = []
     net.Mixed_7c.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
@@ -1283,9 +1276,6 @@ def inception_features(net, images, device):
     net.fc = head
     return features, features @ head.weight.T.cpu()
 
-INCEPTION = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
-             "pt_inception-2015-12-05-6726825d.pth")
-
 def load_inception(name):
     """The network for --inception -> None if off, or without a network. Stop names a bad file."""
     if name == "off":
@@ -1293,12 +1283,14 @@ def load_inception(name):
     net = fid_inception()
     try:
         if name == "download":
-            weights = torch.hub.load_state_dict_from_url(INCEPTION, check_hash=True)
+            weights = torch.hub.load_state_dict_from_url(
+                "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
+                "pt_inception-2015-12-05-6726825d.pth", check_hash=True)
         else:
             weights = torch.load(name, map_location="cpu")
         net.load_state_dict(weights)
-    except Exception as error:
-        check(name == "download", f"--inception {name}: no weights of Inception ({error})")
+    except Exception:
+        check(name == "download", f"--inception {name} is no file with the weights of Inception")
         return None
     return net
 
@@ -1319,7 +1311,7 @@ def inception_metrics(cfg, samples, real, device):
     fid = frechet_distance(*moments(features), *reference)
     values = [fid, *kernel_distance(features, some), *inception_score(logits)]
     n = f"{len(samples) / 1000:g}k"                     # of fewer than 50k: another number
-    return dict(zip([f"fid_{n}", f"kid_{n}", f"kid_{n}_std", f"is_{n}", f"is_{n}_std"], values))
+    return dict(zip(f"fid_{n} kid_{n} kid_{n}_std is_{n} is_{n}_std".split(), values))
 
 # ---- Metrics: activations and traits -------------------------------------------------------------
 
@@ -1483,7 +1475,7 @@ def draw_curves(path, groups):
     """Runs (group -> list of metrics.json) over steps and over seconds, with those before training:
     the loss and what was measured while training, a line a run, a colour a group."""
     first = next(iter(groups.values()))[0]["log"][-1]
-    names = [name for name in ("loss", "accuracy", "frechet", "leak") if name in first]
+    names = [name for name in "loss accuracy frechet leak".split() if name in first]
     with drawing(path, 4 * len(names), 6) as fig:
         for x, line in zip(("step", "seconds"), fig.subplots(2, len(names), squeeze=False)):
             for name, axes in zip(names, line):
@@ -1669,6 +1661,13 @@ def load_run(folder, device="auto"):
         raise Stop(f"{folder}: config.json is of another network than checkpoint.pt") from None
     return SimpleNamespace(**{**state, "model": model}, state=state, config=cfg, device=device)
 
+def same_images(run, sets):
+    """The sets. Raises Stop if they are not those that the run began with."""
+    same = run.known["images"] == fingerprint(sets[0].images, sets[0].labels)
+    check(same or run.config.dataset in FINE,
+          "the training images have changed since the run began: restore them, or start a new run")
+    return sets
+
 def mean_losses(history):
     """Means of losses, dicts of scalars, over steps and processes -> dict. Waits for the device."""
     means = torch.stack([torch.stack([*losses.values()]).detach() for losses in history]).mean(0)
@@ -1690,9 +1689,9 @@ def new_run(cfg, sets, folder, device):
     classes, fingerprint of the images, seconds that this took, and what model.begin returns."""
     start = time.perf_counter()
     save(vars(cfg), folder / "config.json")
-    images = sets[0].images
-    known = dict(shape=images.shape[1:], classes=sets[0].classes,
-                 images=fingerprint(images, sets[0].labels))
+    data = sets[0]
+    known = dict(shape=data.images.shape[1:], classes=data.classes,
+                 images=fingerprint(data.images, data.labels))
     torch.manual_seed(cfg.seed)                         # the same network whatever the prototypes
     model = cfg.build(known)
     known.update(model.begin(cfg, sets, folder, device))
@@ -1708,15 +1707,14 @@ def train_run(cfg, given, load_data=load_sets):
     if RANK == 0:
         sets = load_data(cfg)                           # faults show before a folder is made
         given.resume = given.resume or new_folder(given.out, f"runs/{SCRIPT}-{cfg.dataset}")
-        if not (given.resume / "checkpoint.pt").exists():
+        if not {"checkpoint.pt", "log.csv"} & {*os.listdir(given.resume)}:
             new_run(cfg, sets, given.resume, device)
+    shared = [given.resume]
     if WORLD > 1:
-        shared = [given.resume]
         dist.broadcast_object_list(shared)
-        given.resume = shared[0]
     if RANK > 0:
         sets = load_data(cfg)
-    train(cfg, sets, given.resume, device)
+    train(cfg, sets, shared[0], device)
     if WORLD > 1:
         dist.destroy_process_group()
     return sets
@@ -1894,7 +1892,7 @@ def edit_image(cfg, run, given):
     chosen = [int(j) for j, _ in pairs]
     values = torch.tensor([[float(value) for _, value in pairs]])
     mode = "RGB" if run.known["shape"][0] == 3 else "L"
-    image = decode(given.edit, cfg.image_size, mode)[None]
+    image, _ = decode_all([(given.edit, 0)], cfg.image_size, mode)
     s, xT = invert_images(cfg, run, image)
     told = torch.cat([s, set_activations(s, chosen, values)])
     images = render(cfg, run, told, xT.repeat(2, 1, 1, 1))
@@ -1927,12 +1925,15 @@ T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)     # St
 def compare(folders, out):
     """Finished runs (comparisons are passed over) -> comparison.png, and comparison.csv, printed:
     of runs that differ only in their seed the mean of each figure, half of its 95 % interval."""
-    runs = [load(folder / "metrics.json") for folder in dict.fromkeys(map(Path.resolve, folders))
-            if not (folder / "comparison.csv").exists()]
-    check(runs and all(run["settings"].keys() == vars(Config()).keys() for run in runs),
-          "compare runs of this script in this version")
-    differ = [name for name, value in runs[0]["settings"].items()
-              if name != "seed" and any(run["settings"][name] != value for run in runs)]
+    runs = []
+    for folder in dict.fromkeys(map(Path.resolve, folders)):
+        if not (folder / "comparison.csv").exists():
+            runs.append(load(folder / "metrics.json"))
+            check({*runs[-1].get("settings", [])} == {*vars(Config())},
+                  f"{folder} is of another script or version")
+    check(runs, "--compare takes folders of finished runs of this script")
+    differ = [name for name in vars(Config())
+              if name != "seed" and len({run["settings"][name] for run in runs}) > 1]
     groups = {}
     for run in runs:
         group = ", ".join(f"{name} {run['settings'][name]}" for name in differ)
@@ -1946,16 +1947,15 @@ def compare(folders, out):
             n = len(values)
             half = T_95[min(n - 2, 8)] * values.std(ddof=1) / n ** 0.5 if n > 1 else math.nan
             table.append(dict(figure=figure, group=group, runs=n, mean=values.mean(), half=half))
-            print(f"{figure:20} {group:40} {values.mean():12,.5g} +- {half:.2g} ({n})")
+            print(f"{figure:20} {group:40} {values.mean():12,.5g} +- {half:.2g} ({n} runs)")
     write_csv(folder / "comparison.csv", table)
     draw_curves(folder / "comparison.png", groups)
-    print(f"{folder}: mean, half of the 95 % interval, and number of runs")
 
 # ---- Command line --------------------------------------------------------------------------------
 
 def user_path(text):
     """A path of the command line, in which ~ is the home folder."""
-    return Path(text).expanduser()
+    return Path(os.path.expanduser(text))
 
 def settings_parser():
     """A parser with a flag for every setting, and for the tasks, each with an earlier run."""
@@ -1987,7 +1987,7 @@ def check_settings(cfg):
         kind = (int, float) if f.type is float else type(f.default)
         fits = isinstance(value, kind) and value in (get_args(f.type) or [value])
         least = f.type is int and f.default > 0
-        most = 1 if f.name in ("dropout", "warmup", "null_prob", "hide", "bias") else sys.maxsize
+        most = 1 if f.name in "dropout warmup null_prob hide bias".split() else sys.maxsize
         check(fits and (kind is str or least <= value <= most), f"{f.name} cannot be {value}")
     check(re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", cfg.multipliers) and cfg.channels % 4 == 0
           and cfg.image_size % 2 ** cfg.multipliers.count(",") == 0,
@@ -2007,7 +2007,7 @@ def read_settings(given):
     """Defaults, the data set's preset or an earlier run's settings, the flags, each over the former
     -> cfg, task, that run's folder. Raises Stop for flags that the task has no use for."""
     names = [*vars(Config())]
-    task = ([name for name in Config.TASKS if getattr(given, name)] or ["train"])[0]
+    task = next((name for name in Config.TASKS if getattr(given, name)), "train")
     folder = getattr(given, task, None)
     saved = vars(read_config(folder)) if folder else Config.PRESETS[given.dataset or "shapes"]
     flags = {name: getattr(given, name) for name in names if getattr(given, name) is not None}
@@ -2015,8 +2015,8 @@ def read_settings(given):
     cfg.data_dir = os.path.abspath(user_path(cfg.data_dir))     # the run may go on elsewhere
     cfg.inception = str(user_path(cfg.inception))
     fixed = names[:names.index(Config.TASKS[task])] if folder else []
-    for name in fixed:
-        check(getattr(cfg, name) == saved[name],
+    for name in flags.keys() & fixed:
+        check(flags[name] == saved[name],
               f"--{task} cannot change {name}, which is {saved[name]} in this run")
     if task == "resume":
         without_effect(given, ["out"], "with --resume, which goes on in the run's folder")
@@ -2025,13 +2025,6 @@ def read_settings(given):
     if "inception" not in fixed:
         load_inception(cfg.inception)                   # a fault shows before the work
     return cfg, task, folder
-
-def check_edit(cfg, given):
-    """Raises Stop if --edit or --set are not as they must be."""
-    check(given.edit and re.fullmatch(r"\d+=-?\d*\.?\d+(,\d+=-?\d*\.?\d+)*", given.set or ""),
-          "give --edit image.png --model runs/NAME --set 12=2.5,40=0")
-    for j in re.findall(r"(\d+)=", given.set):
-        check(int(j) < cfg.num_prototypes, f"there are prototypes 0 to {cfg.num_prototypes - 1}")
 
 def patronus(given):
     """Do what the command line asks for."""
@@ -2046,8 +2039,13 @@ def patronus(given):
           and cfg.latent_width % 2 == 0, "--invert-steps cannot be above --timesteps, "
           "--global-prototypes above 1, --latent-width odd")
     alpha_bars(cfg.latent_timesteps)                    # raises Stop if they are too few
+    unused = dict(sample=["invert_steps"], diagnose=["invert_steps"], explain=["num_samples"])
+    without_effect(given, unused.get(task, []), f"with --{task}")
     if task == "model":
-        check_edit(cfg, given)
+        check(given.edit and re.fullmatch(r"\d+=-?\d*\.?\d+(,\d+=-?\d*\.?\d+)*", given.set or ""),
+              "give --edit image.png --model runs/NAME --set 12=2.5,40=0")
+        for j in re.findall(r"(\d+)=", given.set):
+            check(int(j) < cfg.num_prototypes, f"there are prototypes 0 to {cfg.num_prototypes - 1}")
     else:
         without_effect(given, own, "without --model")
     if task in ("train", "resume"):
@@ -2061,12 +2059,13 @@ def patronus(given):
     check(run.known.get("latent_step") == run.step, f"{folder} has not ended: --resume it first")
     if task == "model":
         return edit_image(cfg, run, given)
-    sets = [] if task == "sample" else load_traits(cfg)
+    if task == "sample":
+        sample_unconditional(cfg, run, new_folder(given.out, folder / task))
+        return
+    sets = same_images(run, load_traits(cfg))
     check(task != "diagnose" or watched_traits(cfg, sets[1]), "no two held-out traits vary")
     out = new_folder(given.out, folder / task)
-    if task == "sample":
-        sample_unconditional(cfg, run, out)
-    elif task == "explain":
+    if task == "explain":
         explain(cfg, run, sets, out)
     elif task == "evaluate":
         evaluate_patronus(cfg, run, sets, out)
@@ -2090,11 +2089,12 @@ def main(argv=None):
     except (Stop, OSError) as error:
         fault = error
     except (RuntimeError, MemoryError) as error:
-        if isinstance(error, RuntimeError) and "allocate" not in str(error):
+        if not re.search("allocate|overflow|MemoryError", repr(error)):
             raise
         fault = "memory ran out: lower --batch-size, --sample-batch or --image-size"
     print(f"\n{SCRIPT}: {fault}", file=sys.stderr)
     return 2
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")            # a file on Windows lacks many letters
     sys.exit(main())

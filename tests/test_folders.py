@@ -72,6 +72,7 @@ FOLDERS = [
     ("runs beside classes", [*PETS, "runs/x/samples.png"], "/runs/x/samples.png"),
     ("an environment", [*PETS, "env/lib/python3.11/site-packages/x/home.png"], "/site-packages/x/home.png"),
     ("an image beside classes", [*PETS, "overview.png"], "/overview.png"),
+    ("images deep down", [*PETS, "x/1/2/3/4/5/6/7:1"], "/x/1/2/3/4"),
     ("a folder beside images", [":4", "thumbs:3"], "/thumbs/0.png"),
     ("folders in one class", [*PETS, "cat/small:2", "cat/x.png/"], "/cat/small/0.png"),
     ("a folder beside parts", [*PARTS, "unlabeled:3"], "/unlabeled/0.png"),

@@ -27,21 +27,25 @@ BAD = dict(all="""
     --sample RUN --lr 9; --sample RUN --steps 9; --sample RUN --inception nofile; --sample EMPTY : config.json;
     --sample HALF : checkpoint.pt; --sample BEGUN : it first; --evaluate RUN --lr 9; --evaluate RUN --data-dir x;
     --evaluate BEGUN : it first; --evaluate OTHER : another script; --compare nothing : nothing/metrics.json; --compare;
-    --compare OTHER : runs of this script; --compare BEGUN : metrics.json; --compare RUN --steps 3;
+    --compare OTHER : another script; --compare BEGUN : metrics.json; --compare RUN --steps 3;
     --compare RUN --resume RUN; """, protodiffusion="""
     TRAIN --labels circle; TRAIN --null-prob 0; TRAIN --guidance -1; TRAIN --imagenet; TRAIN --prototypes frozn;
-    TRAIN --prototypes random --scale raw; --sample RUN --labels hexagon; --sample RUN --labels 3;
+    TRAIN --prototypes random --scale raw; TRAIN --prototypes random --prototypes-per-class 3;
+    --sample RUN --labels hexagon; --sample RUN --labels 3;
     --evaluate RUN --labels star; --compare RUN --labels star; --resume RUN --prototypes-per-class 2""", pdm="""
     TRAIN --like x.png; TRAIN --labels 1 : prototype; TRAIN --null-prob 0; TRAIN --guidance inf; TRAIN --forget form;
     TRAIN --supervised : prototypes; TRAIN --conditioning none : prototypes; TRAIN --views one --forget hue;
     TRAIN --view-size 2,1; TRAIN --prototype-dim 7; TRAIN --image-size 8; TRAIN --tau 1; --sample RUN --prototype 99;
-    --sample RUN --like nothing.png : nothing.png; --sample RUN --like RUN/log.csv : cannot identify;
-    --sample RUN --like a --prototype 1; --compare RUN --like a""", patronus="""
+    --sample RUN --like nothing.png : nothing.png; --sample RUN --like RUN/log.csv : log.csv;
+    --sample RUN --like a --prototype 1; --sample RUN --prototype 1 --frequency usage; --compare RUN --like a;
+    TRAIN --forget hue --view-size 0.5,1""", patronus="""
     TRAIN --set 1=2; TRAIN --edit x.png; TRAIN --bias 2; TRAIN --hide 2; TRAIN --patch 20; TRAIN --num-prototypes 5;
     TRAIN --emphasis inf; TRAIN --latent-timesteps 5 : noise levels; TRAIN --latent-width 7; TRAIN --labels circle;
     TRAIN --invert-steps 2000; TRAIN --global-prototypes 1.5; TRAIN --attribute large --watch large; --model RUN : edit;
     --model RUN --edit x; --model RUN --edit x --set 1=nan; --model RUN --edit x --set 8=1 : prototypes 0 to 7;
     --model RUN --edit nothing.png --set 1=2 : nothing.png; --model RUN --sample RUN; --explain RUN --lr 9;
+    --explain RUN --pairs 9; --explain RUN --num-samples 9; --diagnose RUN --inception x; --sample RUN --invert-steps 9;
+    --diagnose RUN --invert-steps 9; --model RUN --edit x --set 1=1 --sampler ddim : sampler;
     --explain BEGUN : it first; --diagnose BEGUN : it first; --diagnose RUN --attribute none""")
 
 def test_bad_input_is_one_sentence_and_changes_nothing(script, done, tmp_path_factory, tmp_path, capsys):
