@@ -2045,7 +2045,7 @@ def patronus(given):
         check(given.edit and re.fullmatch(r"\d+=-?\d*\.?\d+(,\d+=-?\d*\.?\d+)*", given.set or ""),
               "give --edit image.png --model runs/NAME --set 12=2.5,40=0")
         for j in re.findall(r"(\d+)=", given.set):
-            check(int(j) < cfg.num_prototypes, f"there are prototypes 0 to {cfg.num_prototypes - 1}")
+            check(int(j) < cfg.num_prototypes, f"take prototypes 0 to {cfg.num_prototypes - 1}")
     else:
         without_effect(given, own, "without --model")
     if task in ("train", "resume"):
