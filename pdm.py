@@ -1044,7 +1044,7 @@ def inception_score(logits, splits=10):
         log_p = part.log_softmax(1)
         log_mean = log_p.logsumexp(0) - math.log(len(part))
         scores.append((log_p.exp() * (log_p - log_mean)).sum(1).mean().exp().item())
-    return np.mean(scores).item(), np.std(scores).item()
+    return np.mean(scores), np.std(scores)
 
 def kernel_distance(x, y, subsets=100, size=1000):
     """KID (Binkowski et al. 2018): unbiased squared MMD with the kernel (a.b / D + 1)^3.
@@ -1057,7 +1057,7 @@ def kernel_distance(x, y, subsets=100, size=1000):
         k = ((both @ both.T / x.shape[1] + 1) ** 3).fill_diagonal_(0)       # without k(a, a)
         within = (k[:n, :n].sum() + k[n:, n:].sum()) / (n * (n - 1))
         distances.append((within - 2 * k[:n, n:].mean()).item())
-    return np.mean(distances).item(), np.std(distances).item()
+    return np.mean(distances), np.std(distances)
 
 def fid_inception():
     """The Inception network of published FIDs, without weights: torchvision's with 1008 outputs.

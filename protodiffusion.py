@@ -17,7 +17,6 @@ stays as it is ("frozen") or trains on ("unfrozen"); "random" is the paper's bas
 
     python protodiffusion.py                            # built-in shapes, minutes on a CPU
     python protodiffusion.py --dataset cifar10          # the paper's data
-    python protodiffusion.py --compare runs/A runs/B    # finished runs: a table and a figure
 
 "choice:" marks where the paper is silent or we differ, "# exercise" functions to write again from
 their docstrings. To change stage 1, look at dce_loss and prototype_loss; how the class enters, at
@@ -914,7 +913,7 @@ def inception_score(logits, splits=10):
         log_p = part.log_softmax(1)
         log_mean = log_p.logsumexp(0) - math.log(len(part))
         scores.append((log_p.exp() * (log_p - log_mean)).sum(1).mean().exp().item())
-    return np.mean(scores).item(), np.std(scores).item()
+    return np.mean(scores), np.std(scores)
 
 def kernel_distance(x, y, subsets=100, size=1000):
     """KID (Binkowski et al. 2018): unbiased squared MMD with the kernel (a.b / D + 1)^3.
@@ -927,7 +926,7 @@ def kernel_distance(x, y, subsets=100, size=1000):
         k = ((both @ both.T / x.shape[1] + 1) ** 3).fill_diagonal_(0)       # without k(a, a)
         within = (k[:n, :n].sum() + k[n:, n:].sum()) / (n * (n - 1))
         distances.append((within - 2 * k[:n, n:].mean()).item())
-    return np.mean(distances).item(), np.std(distances).item()
+    return np.mean(distances), np.std(distances)
 
 def fid_inception():
     """The Inception network of published FIDs, without weights: torchvision's with 1008 outputs.
@@ -1054,8 +1053,9 @@ def draw_prototypes(path, learner, data, device):
         axes.set_title(f"prototypes (stars), held-out images ({accuracy:.1%} recognised): PCA")
         axes.scatter(*(z @ plane).T, s=2, c=data.labels, cmap="tab20")
         axes.plot(*stars.T, "k*", markersize=14)
-        for star, name in zip(stars[::K].tolist(), drawable(data.classes[:40])):
-            axes.annotate(name, star, textcoords="offset points", xytext=(8, 8))
+        for c, name in enumerate(drawable(data.classes[:40])):
+            centre = (z[data.labels == c].mean(0) @ plane).nan_to_num()     # of no image: 0
+            axes.annotate(name, stars[K * c], centre, arrowprops=dict(arrowstyle="-"))
     return dict(stage1_accuracy=accuracy, prototype_norm=prototypes.norm(dim=1).mean().item(),
                 prototype_distance=torch.cdist(prototypes, prototypes).mean().item())
 

@@ -354,7 +354,7 @@ def test_the_distance_of_real_images_is_of_as_many_as_samples(tmp_path, monkeypa
     assert figures == dict(frechet=1.0, real_frechet=2.0) and labels.equal(images * 10)
     assert len({*images.tolist()}) == 5 and images.tolist() != sorted(images.tolist()), "any five"
 
-def test_figures_of_prototypes_are_of_all_classes_and_the_picture_names_forty_of_them(tmp_path, monkeypatch):
+def test_figures_of_prototypes_are_of_all_classes_and_the_picture_names_forty_at_their_images(tmp_path, monkeypatch):
     images, labels, figures = torch.zeros(45, 3, 2, 2, dtype=torch.uint8), torch.arange(45), []
     images[:, 0] = 5 * labels.view(45, 1, 1)                  # features lie on a line, as far apart as classes
     labels[3] = 2                                             # class 3 has no image
@@ -366,9 +366,9 @@ def test_figures_of_prototypes_are_of_all_classes_and_the_picture_names_forty_of
     assert close([*found.values()], [44 / 45, z.norm(dim=1).mean(), apart])
     axes = figures[0].axes[0]
     points = torch.from_numpy(axes.collections[0].get_offsets().data.copy()).float()
-    names = {text.get_text(): torch.tensor(text.xy).float() for text in axes.texts}
-    assert [*names] == data.classes[:40]
-    assert all(close(names[f"class {c}"], points[c], 1e-4) for c in (0, 2, 3, 39))
+    names = {text.get_text(): torch.tensor(text.xyann).float() for text in axes.texts}
+    assert [*names] == data.classes[:40] and names["class 3"].isfinite().all()
+    assert all(close(names[f"class {c}"], points[labels == c].mean(0), 1e-4) for c in (0, 2, 39))
 
 def test_kernel_distance_by_an_explicit_double_loop():
     x, y = normal(5, 3, seed=1).double(), normal(5, 3, seed=2).double() + 1
