@@ -1468,7 +1468,7 @@ def draw_grid(path, images, rows, title, columns=(), size=0.55):
         axes = fig.subplots()
         axes.imshow(tiles.permute(1, 2, 0))
         axes.set_yticks(centres[:len(rows)], rows)
-        axes.set_xticks(centres[:len(columns)], columns)
+        axes.set_xticks(centres[:len(columns)], columns, fontsize="x-small")
         axes.set_title(title)
 
 def draw_curves(path, groups):
