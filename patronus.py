@@ -6,7 +6,7 @@ The idea. A small encoder turns the clean image into a map of patch features z. 
 prototypes p, the patch closest to p gives one activation s_j: the closer, the larger. The denoiser
 is conditioned on s alone; encoder, prototypes and denoiser learn together, without labels. So s is
 all the model is given of x0 beside xt: one looks at it (what, where, when) and changes it (edit,
-interpolate). If changing one trait changes another, the model tied them. Two things are ours: some
+interpolate). If changing one trait changes another, the model tied them. Ours, above all: some
 prototypes see the whole image, and an MLP draws a sketch from s, beside which xt is denoised.
 
     clean image x0 ──> encoder ──> patches z ──> for each p: least ||z - p||^2 over z ─────> s [m]
@@ -19,7 +19,7 @@ prototypes see the whole image, and an MLP draws a sketch from s, beside which x
 To make new images, a second diffusion model draws s.
 
     python patronus.py                              # shapes: train, explain, measure
-    python patronus.py --bias 0.95 --sketch 0       # plants a correlation, to be found
+    python patronus.py --bias 0.95 --sketch 0       # plants a correlation, which a sketch breaks
     python patronus.py --edit image.png --model runs/NAME --set 12=2.5      # s_12 becomes 2.5
 
 "choice:" marks where the paper is silent or we differ, "# exercise" functions to write again from
@@ -68,11 +68,11 @@ class Config:
     """Every setting is a flag; its comment is its help."""
     dataset: Literal["shapes", "folder", "fashion-mnist", "cifar10", "celeba"] = "shapes"  # images
     image_size: int = 16            # side of the images, pixels
-    bias: float = 0.5               # shapes: P(dot just if the hue is warm); 0.5: independent
+    bias: float = 0.5               # shapes: P(dot if, and only if, warm); 0.5: independent
     # prototypes
     num_prototypes: int = 96        # m, number of prototypes
     global_prototypes: float = 0.33 # share of prototypes of whole images, not patches; paper: 0
-    patch: int = 5                  # side of a patch: as a dot's; paper: 15, from 128 pixels on 61
+    patch: int = 5                  # side of a patch: a dot fits; paper: 15, from 128 pixels on 61
     prototype_dim: int = 32         # D, numbers in a prototype and in a patch's feature
     start: Literal["features", "uniform"] = "features"  # of prototypes: real patches, or 0..1
     sketch: float = 1.0             # weight of the loss of the sketch drawn from s; paper: 0, none
@@ -82,11 +82,12 @@ class Config:
     channels: int = 32              # channels of the U-Net's first level, a multiple of 4
     multipliers: str = "1,1,2"      # channel factor of each level of the U-Net
     blocks: int = 1                 # residual blocks for each level
-    attention: int = 0              # self-attention at levels of at most this side, pixels
+    attention: int = 0              # self-attention at sides up to this; the middle has it
     dropout: float = 0.0            # dropout in residual blocks
     timesteps: int = 1000           # T, number of noise levels
     latent_width: int = 256         # width of the latent model's layers, even
     latent_timesteps: int = 100     # noise levels of the latent model
+    latent_steps: int = 2000        # steps of the latent model, of 256 activation vectors each
     weight_decay: float = 1e-4      # weight decay of AdamW
     # training: from here on --resume may change settings
     steps: int = 5000               # optimiser steps
@@ -97,13 +98,12 @@ class Config:
     save_every: int = 100           # steps between checkpoints, and rows of log.csv
     eval_every: int = 0             # steps between measurements while training; 0: none
     compile: bool = False           # torch.compile the training step
-    latent_steps: int = 2000        # steps of the latent model, of 256 activation vectors each
     # measuring: from here on --evaluate may, too
     pairs: int = 120                # (prototype, image) pairs: does s_j grow if raised?
     inception: str = "off"          # weights for FID, IS and KID: a file, or download
     # diagnosis: from here on --diagnose may, too
-    attribute: str = ""             # diagnosis: the trait to move; empty: the first one
-    watch: str = ""                 # diagnosis: the trait that may follow; empty: the last one
+    attribute: str = ""             # diagnosis: the trait to move; empty: the first that varies
+    watch: str = ""                 # diagnosis: the trait that may follow; empty: the last
     # explaining: from here on --explain may, too
     data_dir: str = "data"          # where data lie or are downloaded to; the folder of images
     judge_steps: int = 300          # steps of the judge, a classifier of traits trained apart
@@ -112,15 +112,15 @@ class Config:
     num_samples: int = 500          # images to sample, and to measure on
     sampler: Literal["ddim", "ddpm", "dpmpp"] = "ddpm"  # ddpm suits short trainings
     sample_steps: int = 20          # steps from noise to image
+    seed: int = 0                   # seed of the training and of samples
     # editing: from here on --model may, too
     invert_steps: int = 100         # steps of inversion, and again of the way back to the image
     sample_batch: int = 250         # images sampled at a time
-    seed: int = 0                   # seed of everything random
     device: str = "auto"            # auto, cuda, cuda:1, mps or cpu
     amp: Literal["auto", "bf16", "fp16", "off"] = "auto"                # mixed precision
 
     # The paper's m and D. choice (the paper's): patches of 5, best of 5, 9, 15 for CIFAR-10 (15);
-    # DDPM's U-Net (64 x 1,2,4,4); 100,000 steps of 256 images at 5e-4 (300 epochs of 128 at 1e-5).
+    # DDPM's widths (64 x 1,2,4,4); 100,000 steps of 256 images at 5e-4 (300 epochs of 128 at 1e-5).
     PHOTOGRAPHS = dict(
         image_size=32, mirror=True, num_prototypes=100, prototype_dim=128, channels=128,
         multipliers="1,2,2,2", blocks=2, dropout=0.1, steps=100_000, batch_size=256, lr=5e-4,
@@ -248,7 +248,7 @@ class Patronus(nn.Module):
 
     def draw(self, s):
         """The sketch: what an MLP draws from s [B, m] alone, in 16x16 pixels -> [B, C, H, W].
-        choice: told s by the embedding of t alone, as in the paper, the denoiser keeps colours, and
+        choice: if s only joins the embedding of t, as in the paper, the denoiser keeps colours, and
         neither place nor form. A sketch says what is where; and its loss teaches s more."""
         return self.sketch((s - self.mean) / self.std)
 
@@ -260,8 +260,8 @@ class Patronus(nn.Module):
 
     def forward(self, batch, abar, cfg):
         """Losses of a Batch, as a dict: they train encoder, prototypes and denoiser together.
-        choice: an activation is hidden with probability cfg.hide (it takes its mean, the others' go
-        further by 1/(1 - hide)). Prototypes vary together; given all, the denoiser ignores some."""
+        choice: with probability cfg.hide an activation becomes self.mean's, else its distance to it
+        grows by 1/(1 - hide). Prototypes vary together; given all, the denoiser ignores some."""
         s = self.encode(batch.x0)
         told = self.mean + F.dropout(s - self.mean, cfg.hide)
         xt = add_noise(batch.x0, batch.t, batch.eps, abar)
@@ -289,7 +289,7 @@ class Patronus(nn.Module):
         1, then take real ones by k-means++ as prototypes; set mean, std of s. At the paper's start
         distances are such that `activation` is flat and near 0."""
         images = sets[0].images                         # of the training set
-        known = dict(targets=torch.zeros(len(images), dtype=torch.int64), figures={})   # train asks
+        known = dict(targets=torch.zeros(len(images), dtype=torch.int64), figures={})   # no labels
         if cfg.start == "uniform":
             return known
         index = random_index(len(images), min(500, len(images)), cfg.seed, "start")
@@ -307,7 +307,7 @@ class Patronus(nn.Module):
         return known
 
     def quality(self, cfg, run, sets):
-        """Images told s of held-out ones -> what --eval-every logs of them, and they."""
+        """Images made from s of held-out ones -> what --eval-every logs, and these images."""
         figures, told = measure_traits(cfg, run, sets)
         return {name: figures[name] for name in ("frechet", "leak") if name in figures}, told
 
@@ -478,7 +478,7 @@ def group_norm(channels):
     return nn.GroupNorm(math.gcd(32, channels // 4), channels)
 
 def zeroed(layer):
-    """The layer with its weights at zero: the block that it closes starts as its skip alone."""
+    """The layer with its weights at zero: a block that it closes starts as its skip alone."""
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
@@ -539,7 +539,7 @@ class UNet(nn.Module):
             return Stage([ResBlock(c_in, c_out, E, cfg.dropout), *attend])
         self.down = nn.ModuleList()
         skips = []                                      # channels of the skip connections
-        c_in = image_channels                           # that enter the level: the image's, then c
+        c_in = image_channels                           # that enter a level: the image's, later c
         for level, width in enumerate(widths):          # all levels but the first halve the image
             self.down.append(Stage([nn.Conv2d(c_in, c, 3, stride=1 + (level > 0), padding=1)]))
             skips.append(c)
@@ -583,7 +583,7 @@ class Batch(NamedTuple):
 
 def random_batch(cfg, images, targets, step, device):
     """The share of a step's Batch that is this process's. All draws follow from the seed and the
-    step, so no random state is saved; only the model's own depend on the number of processes."""
+    step, so no random state is saved; dropout's alone depend on the number of processes."""
     B = cfg.batch_size
     gen = torch.Generator(device).manual_seed(seed_of(cfg.seed, "noise", step))
     t = torch.randint(cfg.timesteps, (B,), generator=gen, device=device)
@@ -689,8 +689,8 @@ def predictor(cfg, run, s, denoise=None):
     return predict
 
 def render(cfg, run, s, xT=None, denoise=None):
-    """Activations s [N, m] -> images uint8 [N, C, H, W]: from random noise by cfg.sampler, or from
-    inverted noise xT by ddim, not clipped. denoise(x, t, s) replaces the model's."""
+    """Activations s [N, m] -> images uint8 [N, C, H, W]: by cfg.sampler from noise of cfg.seed, or
+    by ddim from inverted noise xT, not clipped. denoise(x, t, s) replaces the model's."""
     abar = alpha_bars(cfg.timesteps)
     gen = torch.Generator(run.device)
     images = []
@@ -744,7 +744,7 @@ def interpolate(cfg, run, pair, n=8):
 def company(s_all, chosen):
     """Slopes [k, m] of all activations on the k chosen ones: linear regression on s_all [N, m], the
     s of held-out images. choice: the paper moves one activation alone, but prototypes of a pattern
-    vary together: no real image has such an s, and the generated image then hardly changes."""
+    vary together: no real image has one moved alone, and the result then hardly changes."""
     covariance = torch.cov(s_all.T)                     # [m, m]
     inverse = torch.linalg.pinv(covariance[chosen][:, chosen], rtol=1e-3, hermitian=True)
     return inverse @ covariance[chosen]
@@ -795,7 +795,7 @@ def switch(cfg, run, s_a, s_b, at):
     def switching(x, t, both):
         first, second = both.chunk(2, dim=1)
         return run.model.denoise(x, t, torch.where((t >= at)[:, None], first, second))
-    return render(cfg, run, torch.cat([s_a, s_b], 1), denoise=switching)    # render splits rows
+    return render(cfg, run, torch.cat([s_a, s_b], 1), denoise=switching)    # a row is an image's
 
 # exercise
 def choose_movers(s, known, a, b, n=3):
@@ -812,8 +812,8 @@ def diagnose(cfg, run, judge, data, most=300):
     """Does cfg.attribute drag cfg.watch along? On held-out data -> figures, and what to look at.
     The movers are set to their mean over images of the opposite class of the attribute; the other
     activations go by `company` of all held-out images. Before and after share their random noise.
-    leak: mean change of P(watch) / that of P(attribute), negated where it was there; with its 95 %
-    bootstrap interval."""
+    leak: mean change of P(watch) / that of P(attribute), both negated for images that have the
+    attribute; with its 95 % bootstrap interval."""
     a, b = watched_traits(cfg, data)
     known, _ = traits(data)
     s = activations(run, data.images)
@@ -1408,7 +1408,7 @@ def responses(again, chosen):
     return torch.stack([part[:, j] > again[0, :, j] for part, j in zip(again[1:], chosen)])
 
 def raised_share(cfg, run, s_all, images, follow):
-    """Share of at least cfg.pairs pairs, a live prototype and an image, that respond to raising."""
+    """Share of about cfg.pairs pairs, a live prototype and an image, that respond to raising."""
     live = prototype_state(s_all)[0].nonzero().flatten().tolist()
     n = math.ceil(cfg.pairs / len(live))
     _, again = raise_prototypes(cfg, run, images[:n], live, s_all, follow)

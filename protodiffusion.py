@@ -78,7 +78,7 @@ class Config:
     channels: int = 48              # channels of the U-Net's first level, a multiple of 4
     multipliers: str = "1,1"        # channel factor of each level of the U-Net
     blocks: int = 1                 # residual blocks for each level
-    attention: int = 8              # self-attention at levels of at most this side, pixels
+    attention: int = 8              # self-attention at sides up to this; the middle has it
     dropout: float = 0.0            # dropout in residual blocks
     timesteps: int = 1000           # T, number of noise levels
     weight_decay: float = 1e-4      # weight decay of AdamW
@@ -103,7 +103,7 @@ class Config:
     sampler: Literal["ddim", "ddpm", "dpmpp"] = "ddpm"      # ddpm suits short trainings
     sample_steps: int = 20          # steps from noise to image
     sample_batch: int = 250         # images sampled at a time
-    seed: int = 0                   # seed of everything random
+    seed: int = 0                   # seed of the training and of samples
     device: str = "auto"            # auto, cuda, cuda:1, mps or cpu
     amp: Literal["auto", "bf16", "fp16", "off"] = "auto"                # mixed precision
 
@@ -358,7 +358,7 @@ def group_norm(channels):
     return nn.GroupNorm(math.gcd(32, channels // 4), channels)
 
 def zeroed(layer):
-    """The layer with its weights at zero: the block that it closes starts as its skip alone."""
+    """The layer with its weights at zero: a block that it closes starts as its skip alone."""
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
@@ -419,7 +419,7 @@ class UNet(nn.Module):
             return Stage([ResBlock(c_in, c_out, E, cfg.dropout), *attend])
         self.down = nn.ModuleList()
         skips = []                                      # channels of the skip connections
-        c_in = image_channels                           # that enter the level: the image's, then c
+        c_in = image_channels                           # that enter a level: the image's, later c
         for level, width in enumerate(widths):          # all levels but the first halve the image
             self.down.append(Stage([nn.Conv2d(c_in, c, 3, stride=1 + (level > 0), padding=1)]))
             skips.append(c)
@@ -463,7 +463,7 @@ class Batch(NamedTuple):
 
 def random_batch(cfg, images, targets, step, device):
     """The share of a step's Batch that is this process's. All draws follow from the seed and the
-    step, so no random state is saved; only the model's own depend on the number of processes."""
+    step, so no random state is saved; dropout's alone depend on the number of processes."""
     B = cfg.batch_size
     gen = torch.Generator(device).manual_seed(seed_of(cfg.seed, "noise", step))
     t = torch.randint(cfg.timesteps, (B,), generator=gen, device=device)

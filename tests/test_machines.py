@@ -45,7 +45,7 @@ BAD = dict(all="""
     --model RUN --edit x; --model RUN --edit x --set 1=nan; --model RUN --edit x --set 8=1 : prototypes 0 to 7;
     --model RUN --edit nothing.png --set 1=2 : nothing.png; --model RUN --sample RUN; --explain RUN --lr 9;
     --explain RUN --pairs 9; --explain RUN --num-samples 9; --diagnose RUN --inception x; --sample RUN --invert-steps 9;
-    --diagnose RUN --invert-steps 9; --model RUN --edit x --set 1=1 --sampler ddim : sampler;
+    --diagnose RUN --invert-steps 9; --model RUN --edit x --set 1=1 --seed 3 : seed; --resume RUN --latent-steps 9;
     --explain BEGUN : it first; --diagnose BEGUN : it first; --diagnose RUN --attribute none""")
 
 def test_bad_input_is_one_sentence_and_changes_nothing(script, done, tmp_path_factory, tmp_path, capsys):
