@@ -811,18 +811,18 @@ def choose_movers(s, known, a, b, n=3):
 def diagnose(cfg, run, judge, data, most=300):
     """Does cfg.attribute drag cfg.watch along? On held-out data -> figures, and what to look at.
     The movers are set to their mean over images of the opposite class of the attribute; the other
-    activations go by `company` of all held-out images. Before and after share their random noise.
-    leak: mean change of P(watch) / that of P(attribute), both negated for images that have the
-    attribute; with its 95 % bootstrap interval."""
+    activations go by `company` within the values of the watched trait, else what is correlated in
+    the data would move it. Before and after share their random noise. leak: mean change of P(watch)
+    / that of P(attribute), both negated where the attribute is; its 95 % bootstrap interval."""
     a, b = watched_traits(cfg, data)
     known, _ = traits(data)
     s = activations(run, data.images)
     movers = choose_movers(s, known, a, b)
-    has = known[:, a]
-    means = torch.stack([s[has].mean(0), s[~has].mean(0)])[:, movers]       # [2, 3]
+    of_a, of_b = (torch.stack([s[~has].mean(0), s[has].mean(0)]) for has in known[:, [a, b]].T)
+    within = s - of_b[known[:, b].long()]               # [N, m]; of_a, of_b: without, with it
     some = shuffled(len(s), min(most, len(s)), cfg.seed, "diagnosis")
-    has = has[some]
-    edited = set_activations(s[some], movers, means[has.long()], s)         # has it: mean without
+    has = known[some, a]
+    edited = set_activations(s[some], movers, of_a[(~has).long()][:, movers], within)
     images = [render(cfg, run, s[some]), render(cfg, run, edited)]
     before, after = (judge_traits(judge, part, run.device)[0][:, [a, b]] for part in images)
     change = torch.where(has, -1, 1)[:, None] * (after - before)            # [N, 2]

@@ -56,9 +56,10 @@ class Painter:
 def run_of(model):
     return SimpleNamespace(model=model, known=dict(shape=(1, 4, 4)), device=CPU)
 
-def planted():
-    """Traits b and a (in 3 of 10 images), independent: s_0..2 tell a, s_3..5 tell b, s_6..7 nothing -> s, images."""
+def planted(together=0.0):
+    """Traits b and a (in 3 of 10), the same in a share of images: s_0..2 tell a, s_3..5 tell b -> s, images."""
     a, b = torch.rand(200, generator=seeded(1)) < 0.3, torch.rand(200, generator=seeded(2)) < 0.5
+    b = torch.where(torch.rand(200, generator=seeded(3)) < together, a, b)
     s = 0.4 + 0.025 * normal(200, 8).clamp(-2, 2)
     s[:, :3] += torch.where(a, 0.3, -0.3)[:, None]
     s[:, 3:6] += torch.where(b, 0.3, -0.3)[:, None]
@@ -294,22 +295,23 @@ def test_figures_and_switch_of_a_model_that_shows_every_trait_or_none(monkeypatc
     assert found["kept_a"] == pytest.approx(1 - data.attributes[:, 1].double().mean().item()) and found["frechet"] > 0.1
     assert found["attribute_moved"] == 0 and math.isnan(found["leak"]), "a move without any effect has no leak"
 
-@pytest.mark.parametrize("leak", [0, 1, -0.5])
-def test_a_planted_leak_is_found_with_movers_at_the_opposite_and_their_company(leak):
+@pytest.mark.parametrize("leak, together", [(0, 0), (1, 0), (-0.5, 0), (0, 0.9), (1, 0.9)])
+def test_a_planted_leak_is_found_with_movers_at_the_opposite_and_their_company(leak, together):
     def picture(s, t):                                        # pixel 0 shows a; pixel 1 b, and as much as `leak` of a
         a, b = (part.mean(1) - 0.4 for part in (s[:, :3], s[:, 3:6]))
         return pixels(torch.stack([a, b / 2 + leak * a], 1))
-    (s, data), model = planted(), Painter(8, picture)
+    (s, data), model = planted(together), Painter(8, picture)
     found, seen = pt.diagnose(settings(sampler="ddim", attribute="a", watch="b"), run_of(model),
                               reader([1, 0], data.images), data, most=150)
     assert sorted(seen.movers) == [0, 1, 2] and leak - 0.1 < found["leak_low"] < found["leak_high"] < leak + 0.1
     assert (found["leak"], found["attribute_moved"]) == pytest.approx((leak, 0.3), abs=0.02), "P by half of 0.6"
     before, _, after, _ = model.told                          # two steps each
     assert model.noise[0].equal(model.noise[2]) and len(before) == 150, "the same random noise"
-    a = data.attributes[:, 1]
+    b, a = data.attributes.T
+    within = s - torch.stack([s[~b].mean(0), s[b].mean(0)])[b.long()]
     has = a[[(s == row).all(1).nonzero()[0, 0].item() for row in before]]
     opposite = torch.where(has[:, None], s[~a].mean(0), s[a].mean(0))
-    expected = pt.set_activations(before, seen.movers, opposite[:, seen.movers], s)
+    expected = pt.set_activations(before, seen.movers, opposite[:, seen.movers], within)
     assert close(after, expected, atol=1e-3) and not close(after[:, 3:], before[:, 3:], atol=1e-3)
 
 def test_logistic_aurocs_tell_what_is_told_and_are_of_images_held_out():
