@@ -271,7 +271,7 @@ class Patronus(nn.Module):
             loss = (errors * level_weights(abar, cfg.emphasis)[batch.t]).mean()
             losses = dict(diffusion=errors.mean(), spread_of_s=s.std(0, correction=0).mean())
             if self.sketch:
-                losses["sketch"] = F.mse_loss(self.draw(told).float(), batch.x0)
+                losses["sketch"] = F.mse_loss(self.draw(told), batch.x0)
                 loss = loss + cfg.sketch * losses["sketch"]
         return dict(loss=loss, **losses)
 
@@ -757,7 +757,7 @@ def set_activations(s, chosen, values, s_all=None):
     moved[:, chosen] = values
     return moved
 
-def move(cfg, run, image, j, values, s_all=None):
+def move(cfg, run, image, j, values, s_all):
     """Image [1, C, H, W], n values of its activation j -> edited images [n, C, H, W]."""
     s, xT = invert_images(cfg, run, image)
     rows = set_activations(s.repeat(len(values), 1), [j], values[:, None], s_all)

@@ -22,7 +22,7 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from conftest import (CPU, SCRIPTS, args, checkpoint, config, contents, flags, log, metrics, refused, same, samples,
+from conftest import (CPU, args, checkpoint, config, contents, flags, log, metrics, refused, same, samples,
                       train_apart)
 
 MADE = {"config.json", "log.csv", "checkpoint.pt", "metrics.json", "curves.png", "samples.png", "samples.npz"}
